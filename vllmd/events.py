@@ -1,0 +1,384 @@
+"""The two vocabularies of vllmd: events tell the core what happened, commands tell the edges what to do.
+
+Nothing else crosses the line between them. Every event that comes from a process names its instance and attempt, so
+that a late one is dropped by comparison.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from vllmd.spec import Cause, Settings
+
+# -- what is known about models, engines and devices ------------------------------------------------------------------
+
+
+class Phase(StrEnum):
+    """The parts of a start, in their order. Each is optional: vLLM's log lines differ between versions and devices."""
+
+    IMPORT = "import"
+    DOWNLOAD = "download"
+    LOAD = "load"
+    MEASURE = "measure"
+    COMPILE = "compile"
+    GRAPHS = "graphs"
+    HTTP = "http"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is on disk of a model. `path` is None for a hub model that is not downloaded yet."""
+
+    path: str | None
+    config: Mapping[str, Any] = field(default_factory=dict)  # config.json as it is
+    weights: int | None = None  # bytes of all tensors, from the safetensors headers; None = unknown
+    fingerprint: str = ""  # changes when the files do
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """One vLLM installation, found without importing it."""
+
+    executable: str  # absolute path
+    version: str = ""  # "0.32.0+cpu"; "" = could not be told
+    flags: frozenset[str] | None = None  # long flags of `vllm serve` without dashes; None = could not be told
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """All that preflight found. `port` is the port to use (chosen when the model asked for "auto")."""
+
+    model: ModelFacts
+    engine: EngineFacts
+    port: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that uses memory of a device. `used` in bytes."""
+
+    pid: int
+    name: str
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReading:
+    """One look at one device. All sizes in bytes.
+
+    used = what the device says is in use by everybody; instances = our part of it, by instance id;
+    external = the rest, of which `processes` names the largest. `engine_total` and `engine_free` are what vLLM itself
+    will see there (its CPU worker looks at one NUMA node's RAM, not the machine's), to turn bytes into a share.
+    """
+
+    id: str  # NVML UUID, or "cpu"
+    kind: str  # "gpu" | "mig" | "cpu"
+    index: int | None
+    name: str
+    total: int
+    used: int
+    engine_total: int
+    engine_free: int
+    display: int = 0  # bytes used by a display server; 0 = none attached
+    instances: Mapping[str, int] = field(default_factory=dict)
+    external: int = 0
+    processes: tuple[Holder, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Numbers that vLLM itself printed during a start, in bytes (tokens for kv_tokens). None = not printed."""
+
+    kv_bytes: int | None = None
+    kv_tokens: int | None = None
+    weights: int | None = None
+    consumed: int | None = None  # weights + non-torch ("Actual usage is ...")
+    peak: int | None = None  # activations
+    graphs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What a good start taught, kept per (model, flags, vLLM version, device kind). Bytes are per device."""
+
+    base: int  # everything but the KV cache, measured at its peak
+    kv: int  # KV cache that it had
+    at: float  # wall-clock time (seconds since the epoch)
+    phases: Mapping[str, float] = field(default_factory=dict)  # phase -> seconds, mean of the last starts
+    total: float = 0.0  # seconds from spawn to ready, mean of the last starts
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Everything that is needed to become an engine. `env` is laid over a clean environment. `endpoint` is
+    "http://127.0.0.1:8000" or "unix:/run/vllmd/NAME.sock"; `scratch` its own short TMPDIR, removed with it."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    endpoint: str
+    served_name: str
+    scratch: str
+    cookie: str
+
+
+# -- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Boot:
+    """The daemon is up: start what is configured to start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Somebody wants the model up. The ticket is answered once: accepted, or refused with the reason."""
+
+    model: str
+    ticket: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The model is not wanted. `now` skips the drain."""
+
+    model: str
+    ticket: int | None = None
+    now: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Stop (drained) and start again; starts a model that is not up."""
+
+    model: str
+    ticket: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """A new configuration, already checked."""
+
+    settings: Settings
+    ticket: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """End everything. A second one skips the drains."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """Preflight is done: exactly one of `found` and `problem` is set."""
+
+    instance: str
+    attempt: int
+    found: Inspection | None = None
+    problem: Cause | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """The process exists."""
+
+    instance: str
+    attempt: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """A sign of life during a start: a log line, bytes read, memory grown."""
+
+    instance: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The start entered `phase` or got on in it. `fraction` 0..1 of it if known; `note` its own words ("34 of 67")."""
+
+    instance: str
+    attempt: int
+    phase: Phase
+    fraction: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Printed:
+    """vLLM printed numbers. `measured` says that its memory measuring is over (the device's window may open)."""
+
+    instance: str
+    attempt: int
+    figures: Figures
+    measured: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """/health is 200, /v1/models names us, and the listening socket belongs to our tree."""
+
+    instance: str
+    attempt: int
+    pids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """A look at a ready engine's counters. `moved` = a token counter changed since the last look."""
+
+    instance: str
+    attempt: int
+    running: int
+    waiting: int
+    tokens: float  # generated so far
+    moved: bool
+    kv_usage: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryBack:
+    """A 1-token request through the engine ended. ok: it answered; None: this model answers no kind of canary."""
+
+    instance: str
+    attempt: int
+    ok: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A process of the tree died or the leader exited: nobody asked for it. `what` is a sentence part
+    ("EngineCore (pid 12) died", "exited with code 1")."""
+
+    instance: str
+    attempt: int
+    what: str
+    status: int | None = None  # leader's exit code; negative = signal; None = the leader still runs
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """No process of the tree is left. `cause` is what the log says of a crash, if anything."""
+
+    instance: str
+    attempt: int
+    cause: Cause | None = None
+    pids_left: tuple[int, ...] = ()  # could not be killed (uninterruptible)
+
+
+@dataclass(frozen=True, slots=True)
+class DevicesRead:
+    """A look at all devices. A device that is missing here has fallen silent; `trouble` says why, if known."""
+
+    devices: tuple[DeviceReading, ...]
+    trouble: str = ""
+
+
+Event = (
+    Boot | Start | Stop | Restart | Reload | Shutdown
+    | Inspected | Spawned | Alive | Progress | Printed | Ready | Pulse | CanaryBack | Broken | Gone | DevicesRead
+)  # fmt: skip
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """Run the preflight (under a second) and report Inspected."""
+
+    instance: str
+    attempt: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """Start the engine, follow its log, watch its tree, probe it until ready. Reports Spawned, ... Ready, Broken."""
+
+    instance: str
+    attempt: int
+    model: str
+    launch: Launch
+
+
+@dataclass(frozen=True, slots=True)
+class Terminate:
+    """SIGTERM to the leader only: it drains by itself (--shutdown-timeout)."""
+
+    instance: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class KillTree:
+    """SIGKILL everything of this attempt, wherever it hid, until nothing is left; report Gone.
+    `crashed`: read the cause from the log."""
+
+    instance: str
+    attempt: int
+    crashed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """Send a 1-token request through the engine; report CanaryBack."""
+
+    instance: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadDevices:
+    """Read the devices soon: somebody waits for memory to come back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The one answer to a ticket. `status` as in HTTP: 202 accepted, 200 nothing to do, 409 no room, 422 cannot."""
+
+    ticket: int
+    status: int
+    message: str = ""
+    kind: str = ""
+    remedies: tuple[str, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Remember:
+    """Keep this on disk: `learned` None forgets the key."""
+
+    key: str
+    learned: Learned | None
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The instance is gone from the configuration: drop what edges keep of it."""
+
+    instance: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What an operator may read later. `kind` is a fixed phrase ("state", "overrun", "hung", "reload", ...)."""
+
+    kind: str
+    text: str
+    level: str = "info"  # debug | info | warning | error
+    instance: str | None = None
+    attempt: int | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Everything has ended after Shutdown: the daemon may exit."""
+
+
+Command = (
+    Inspect | Spawn | Terminate | KillTree | Canary | ReadDevices | Answer | Remember | Forget | Note | Finish
+)  # fmt: skip

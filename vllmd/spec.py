@@ -1,0 +1,139 @@
+"""What the operator wants, as values that have been checked once (vllmd/config makes them) and never change.
+
+Sizes are bytes, times are seconds. `None` for a size means "auto". Everything in vllmd reads these; nothing writes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+NO_ARGS: Mapping[str, Any] = MappingProxyType({})
+
+
+class Overrun(StrEnum):
+    """What to do when an instance uses more memory than it reserved."""
+
+    WARN = "warn"
+    RESTART = "restart"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A part of a device's budget, 0 < part <= 1."""
+
+    part: float
+
+
+@dataclass(frozen=True, slots=True)
+class RestartRule:
+    """How crashes are answered: backoff doubles up to `backoff_max`; `max_failures` within `window` is the end."""
+
+    backoff: float = 1.0
+    backoff_max: float = 300.0
+    max_failures: int = 5
+    window: float = 900.0
+    reset_after: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One [models.NAME] table with [defaults] applied."""
+
+    name: str
+    model: str  # hub id or path, as given to vLLM
+    category: tuple[str, ...] = ()
+    executable: str = "vllm"
+    environment: str | None = None
+    vram: int | Share | None = None
+    kv_cache: int | None = None
+    gpus: int | tuple[str, ...] | None = None  # a count, names (index, UUID, "cpu"), or None = auto (one device)
+    replicas: tuple[int, int] = (1, 1)
+    max_model_len: int | None = None
+    args: Mapping[str, Any] = NO_ARGS  # flag without dashes -> value; True = bare flag, False = --no-flag
+    env: Mapping[str, str] = NO_ARGS
+    port: int | None = None  # a number; 0 = "auto"; None = unix socket
+    autostart: bool = False
+    pinned: bool = False
+    ttl: float | None = None
+    priority: int = 0
+    aliases: tuple[str, ...] = ()
+    swap: str = "stop"
+    on_overrun: Overrun = Overrun.WARN
+    start_stall: float = 180.0
+    hang_after: float = 120.0
+    drain: float = 30.0
+    max_drain: float = 600.0
+    stop_timeout: float = 20.0
+    queue_timeout: float = 300.0
+    restart: RestartRule = RestartRule()
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRule:
+    """One [devices.X] table. `reserve` None = auto."""
+
+    reserve: int | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonSpec:
+    """The [daemon] table with all paths absolute."""
+
+    socket: Path
+    state_dir: Path
+    runtime_dir: Path
+    log_dir: Path
+    cache_dir: Path
+    log_level: str = "info"
+    log_format: str = "auto"  # auto | console | json
+    log_size: int = 20 << 20  # bytes of one model log file before it is rotated
+    log_keep: int = 10  # rotated files kept per model
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSpec:
+    """The [http] table; `listen` holds (host, port), empty = no TCP listener."""
+
+    listen: tuple[tuple[str, int], ...] = (("127.0.0.1", 8400),)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A whole configuration. `warnings` are sentences (file:line: ...) about what is allowed but surely not meant."""
+
+    daemon: DaemonSpec
+    http: HttpSpec = HttpSpec()
+    devices: Mapping[str, DeviceRule] = field(default_factory=dict)  # key: "*", an index, a UUID or "cpu"
+    models: Mapping[str, ModelSpec] = field(default_factory=dict)  # in file order
+    files: tuple[Path, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """One thing to do about a cause. `action` is set where vllmd itself could do it: {"method", "path"} of the API."""
+
+    text: str
+    action: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Why something is not as wanted: `text` is the whole sentence, `short` at most 24 characters for a table.
+
+    `heals` says whether trying the same again may succeed; a cause that cannot heal is never retried.
+    `detail` is the root exception or log line it was read from, `phase` where in the start it happened.
+    """
+
+    kind: str  # short-with-dashes, as in data/rules.toml: "kv-too-small", "no-room", "crashed", "hung"
+    text: str
+    short: str
+    remedies: tuple[Remedy, ...] = ()
+    heals: bool = True
+    detail: str = ""
+    phase: str = ""
