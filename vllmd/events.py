@@ -104,7 +104,6 @@ class Learned:
 
     base: int  # everything but the KV cache, measured at its peak
     kv: int  # KV cache that it had
-    at: float  # wall-clock time (seconds since the epoch)
     phases: Mapping[str, float] = field(default_factory=dict)  # phase -> seconds, mean of the last starts
     total: float = 0.0  # seconds from spawn to ready, mean of the last starts
 
@@ -157,9 +156,10 @@ class Restart:
 
 @dataclass(frozen=True, slots=True)
 class Reload:
-    """A new configuration, already checked."""
+    """A new configuration, already checked. `restart` names the models whose running engine needs a new start for it."""
 
     settings: Settings
+    restart: frozenset[str] = frozenset()
     ticket: int | None = None
 
 
@@ -356,6 +356,14 @@ class Remember:
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """Keep on disk what a model's last good start ran with, to name the differences when one fails."""
+
+    model: str
+    good: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
     """The instance is gone from the configuration: drop what edges keep of it."""
 
@@ -380,5 +388,5 @@ class Finish:
 
 
 Command = (
-    Inspect | Spawn | Terminate | KillTree | Canary | ReadDevices | Answer | Remember | Forget | Note | Finish
+    Inspect | Spawn | Terminate | KillTree | Canary | ReadDevices | Answer | Remember | Keep | Forget | Note | Finish
 )  # fmt: skip

@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
-
-NO_ARGS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Overrun(StrEnum):
@@ -53,8 +50,10 @@ class ModelSpec:
     gpus: int | tuple[str, ...] | None = None  # a count, names (index, UUID, "cpu"), or None = auto (one device)
     replicas: tuple[int, int] = (1, 1)
     max_model_len: int | None = None
-    args: Mapping[str, Any] = NO_ARGS  # flag without dashes -> value; True = bare flag, False = --no-flag
-    env: Mapping[str, str] = NO_ARGS
+    args: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # flag without dashes -> value; True = bare flag, False = --no-flag
+    env: Mapping[str, str] = field(default_factory=dict)
     port: int | None = None  # a number; 0 = "auto"; None = unix socket
     autostart: bool = False
     pinned: bool = False

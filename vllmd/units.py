@@ -17,7 +17,7 @@ _SIZE_UNITS = {
     "tb": 10**12,
 }
 _TIME_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?i?B)")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)((?:[KMGT]i?)?B)")
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|min|s|m|h|d)")
 
 
@@ -49,6 +49,11 @@ def gib(size: float) -> str:
     if 0 < size < 0.05 * GIB:
         return f"{size / MIB:.0f} MiB"
     return f"{size / GIB:.1f} GiB"
+
+
+def gib_of(part: float, whole: float) -> str:
+    """Two sizes with one unit: "1.1 of 11.4 GiB"."""
+    return f"{part / GIB:.1f} of {whole / GIB:.1f} GiB"
 
 
 def spell_size(size: int) -> str:

@@ -56,8 +56,9 @@ MOVES: Mapping[State, Mapping[Move, State]] = {
 ALIVE = frozenset({S.STARTING, S.READY, S.DRAINING, S.STOPPING})
 #: States that always have a deadline, so that nothing waits for ever.
 TIMED = frozenset({S.WAITING, S.STARTING, S.READY, S.DRAINING, S.STOPPING, S.BACKOFF})
-#: States in which memory is reserved. Backoff keeps its place: a crashed model must not lose it to whoever comes first.
-HOLDING = frozenset({S.STARTING, S.READY, S.DRAINING, S.STOPPING, S.BACKOFF})
+#: States in which memory may be reserved. Backoff keeps its place, and so does the wait after it: a crashed model must
+#: not lose it to whoever comes first.
+HOLDING = frozenset({S.WAITING, S.STARTING, S.READY, S.DRAINING, S.STOPPING, S.BACKOFF})
 
 
 def next_state(state: State, move: Move) -> State:

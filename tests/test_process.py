@@ -1,0 +1,228 @@
+"""Engines are started, and ended with all that belongs to them: real children, none left."""
+
+import asyncio
+import mmap
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from tests.children import LIMIT, Start, make_launch, start, stranger, subreaper, wait_for
+from vllmd.edge import procfs, tree
+from vllmd.edge.kill import in_thread, kill_tree, sweep
+from vllmd.edge.leftovers import shared_files
+from vllmd.edge.process import adopt, environment, spawn
+
+__all__ = ["start", "stranger", "subreaper"]  # fixtures
+
+# -- spawning ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_child_leads_its_own_session_and_reads_nothing(start: Start) -> None:
+    """Own session and group, standard input empty, files private."""
+    engine = await start('say(os.getsid(0) == os.getpgrp() == os.getpid(), len(os.read(0, 1)), oct(os.umask(0)))')
+    assert await engine.line() == "True 0 0o77"
+
+
+async def test_a_child_ignores_and_blocks_no_signal(start: Start) -> None:
+    """What the daemon ignores or blocks is its own affair, and is as before afterwards."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        engine = await start('say(*[l.split()[1] for l in open("/proc/self/status") if l[:6] in ("SigBlk", "SigIgn")])')
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+    blocked, ignored = (int(word, 16) for word in (await engine.line()).split())
+    python_ignores = 1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1
+    assert (blocked, ignored & ~python_ignores) == (0, 0)
+
+
+def test_the_environment_is_chosen(tmp_path: Path) -> None:
+    """Paths, proxies, HF_ and NCCL_ pass; the daemon's ties to systemd, its Python and VLLM_PORT do not."""
+    own = dict.fromkeys(
+        ["PATH", "HOME", "HF_TOKEN", "LC_ALL", "https_proxy", "NCCL_DEBUG", "NOTIFY_SOCKET", "WATCHDOG_USEC",
+         "LISTEN_FDS", "CREDENTIALS_DIRECTORY", "VIRTUAL_ENV", "PYTHONPATH", "VLLM_PORT", "SECRET"], "own",
+    )  # fmt: skip
+    env = environment(make_launch("", tmp_path, env={"PATH": "theirs", "X": "1"}, cookie="c"), own)
+    kept = {"HOME": "own", "HF_TOKEN": "own", "LC_ALL": "own", "https_proxy": "own", "NCCL_DEBUG": "own"}
+    assert env == kept | {"PATH": "theirs", "X": "1", "VLLMD_COOKIE": "c", "SPT_NOENV": "1"}
+
+
+async def test_what_cannot_be_executed_raises(tmp_path: Path) -> None:
+    """No child, an OSError at once."""
+    with pytest.raises(FileNotFoundError):
+        spawn(make_launch("", tmp_path, argv=(str(tmp_path / "none"),)), log_fd=1, cwd=tmp_path)
+
+
+# -- the end ----------------------------------------------------------------------------------------------------------
+
+
+async def test_wait_tells_the_exit_code_to_all_who_wait(start: Start) -> None:
+    """The status is the code, and stays known."""
+    engine = await start("sys.exit(3)")
+    assert list(await asyncio.gather(engine.child.wait(), engine.child.wait())) == [3, 3]
+    assert await engine.child.wait() == 3
+
+
+async def test_wait_tells_a_signal_as_a_negative_number(start: Start) -> None:
+    """SIGKILL from somebody else is -9."""
+    engine = await (await start("stay()")).until_up()
+    os.kill(engine.child.pid, signal.SIGKILL)
+    assert await engine.child.wait() == -9
+
+
+async def test_an_ended_leader_keeps_its_number_until_its_tree_is_killed(start: Start) -> None:
+    """The zombie pins pid, group and session, so that killpg cannot reach strangers."""
+    engine = await start("sys.exit(0)")
+    await engine.child.wait()
+    stat = procfs.read_stat(engine.child.pid)
+    assert stat is not None and stat.dead
+    assert not procfs.alive(engine.child.leader)
+    await kill_tree(engine.child)
+    assert procfs.read_stat(engine.child.pid) is None
+    assert engine.child.status == 0
+
+
+async def test_an_adopted_process_is_seen_to_end_without_a_status(start: Start, tmp_path: Path) -> None:
+    """A leader that is not our child: its end is seen, its exit code is not ours to know."""
+    engine = await start("runaway_pid = child(stubborn); say(runaway_pid); stay()")
+    pid = int(await engine.line())
+    stat = procfs.read_stat(pid)
+    assert stat is not None
+    launch = make_launch("", tmp_path)
+    assert adopt(pid, stat.member.start + 1, launch) is None
+    adopted = adopt(pid, stat.member.start, launch)
+    assert adopted is not None
+    waiting = asyncio.gather(adopted.wait())
+    assert await kill_tree(adopted) == ()
+    assert list(await asyncio.wait_for(waiting, LIMIT)) == [None]
+    adopted.close()
+
+
+async def test_terminate_reaches_the_leader_alone(start: Start) -> None:
+    """SIGTERM to the engine's other processes would break its drain."""
+    engine = await start(
+        'def told(ready): signal.signal(signal.SIGTERM, lambda *_: say("child told")); ready()\n'
+        'child(told); signal.signal(signal.SIGTERM, lambda *_: (say("told"), os._exit(0))); stay()'
+    )
+    await engine.until_up()
+    assert engine.child.terminate()
+    assert await engine.line() == "told"
+    await engine.child.wait()
+    assert not engine.child.terminate()
+    await kill_tree(engine.child)
+    assert (await engine.reader.read()) == b""
+
+
+# -- killing ----------------------------------------------------------------------------------------------------------
+
+
+async def test_nothing_of_a_tree_is_left(start: Start, stranger: "subprocess.Popen[bytes]", subreaper: None) -> None:
+    """Leader killed by somebody; an engine in the session, one in its own that ignores SIGTERM, a double fork: all end.
+    A stranger does not."""
+    engine = await (await start("child(engine); child(stubborn); child(runaway); stay()")).until_up()
+    os.kill(engine.child.pid, signal.SIGKILL)
+    await engine.child.wait()
+    assert await kill_tree(engine.child) == ()
+    assert await engine.nobody_left()
+    assert stranger.poll() is None
+    own = {s.member.pid for s in procfs.read_table().values() if s.ppid == os.getpid()} - {stranger.pid}
+    assert not own, "zombies left"
+
+
+async def test_what_left_without_a_mark_is_known_from_before(start: Start) -> None:
+    """A process that dropped session, parent and environment is killed if an earlier look saw it."""
+    code = """
+def bare(ready):
+    os.setsid()
+    if os.fork(): signal.pause()
+    os.setsid()
+    ready()
+    os.execve(sys.executable, [sys.executable, "-I", "-S", "-c", "import signal, os; os.write(1, b'bare\\\\n'); signal.pause()"], {})
+middle = child(bare)
+sys.stdin = None
+say(middle); stay()
+"""
+    engine = await start(code)
+    lines = {await engine.line() for _ in range(3)}
+    middle = int(next(iter(lines - {"bare", "up"})))
+    known = tree.fast_members(engine.child.leader)
+    os.kill(middle, signal.SIGKILL)
+    await wait_for(lambda: len(tree.fast_members(engine.child.leader)) == 1)
+    assert await kill_tree(engine.child, known) == ()
+    assert await engine.nobody_left()
+
+
+async def test_a_process_that_forks_on_and_on_is_ended(start: Start) -> None:
+    """Looks are repeated until two in a row find none."""
+    code = """
+def bomb(ready):
+    ready()
+    while True:
+        os.setsid() if os.getpid() != os.getsid(0) else None
+        if os.fork(): os._exit(0)
+child(bomb); stay()
+"""
+    engine = await (await start(code)).until_up()
+    assert await kill_tree(engine.child) == ()
+    assert await engine.nobody_left()
+
+
+async def test_leftovers_are_removed_unless_somebody_uses_them(start: Start, tmp_path: Path) -> None:
+    """Shared memory of the engine goes; what another process maps, and names that no engine gives, stay. The scratch
+    directory and the socket go."""
+    tag = uuid4().hex
+    paths = [Path("/dev/shm") / f"{kind}{tag}" for kind in ("psm_", "psm_used_", "weights_")]
+    scratch, endpoint = tmp_path / "scratch", tmp_path / "m.sock"
+    (scratch / "deep").mkdir(parents=True)
+    code = f"""
+import mmap, socket
+held = []
+for path in {[str(p) for p in paths]}:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    os.ftruncate(fd, 4096)
+    held.append(mmap.mmap(fd, 4096))
+    os.close(fd)
+s = socket.socket(socket.AF_UNIX); s.bind({str(endpoint)!r})
+stay()
+"""
+    code = code.replace("import mmap", 'sys.path.append(os.path.dirname(os.__file__) + "/lib-dynload"); import mmap')
+    try:
+        engine = await (await start(code, scratch=str(scratch), endpoint=f"unix:{endpoint}")).until_up()
+        assert shared_files([engine.child.pid]) == frozenset(paths[:2])
+        with paths[1].open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ):
+            file.close()
+            await kill_tree(engine.child)
+        assert [path.exists() for path in paths] == [False, True, True]
+        assert not scratch.exists() and not endpoint.exists() and not list(tmp_path.iterdir())
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+async def test_marked_processes_are_swept_and_others_are_not(start: Start) -> None:
+    """A prefix of the cookie finds what a killed daemon left; another daemon's engines stay."""
+    tag = uuid4().hex
+    ours = await (await start("child(stubborn); stay()", cookie=f"{tag}-a-1")).until_up()
+    theirs = await (await start("stay()", cookie=f"x{tag}-a-1")).until_up()
+    assert {cookie for _, cookie in tree.find_marked(tag)} == {f"{tag}-a-1"}
+    assert len(tree.find_marked(tag)) == 2
+    assert await sweep(tag) == ()
+    assert await ours.nobody_left()
+    assert procfs.alive(theirs.child.leader)
+
+
+async def test_a_look_that_hangs_is_given_up() -> None:
+    """A thread that a driver holds does not hold us."""
+    release = threading.Event()
+    try:
+        assert await in_thread(lambda: str(release.wait(LIMIT)), 0.01, "given up") == "given up"
+    finally:
+        release.set()

@@ -1,0 +1,87 @@
+"""`vllmd`: read the arguments and the configuration, then run. Exit codes: 0 ended as asked, 1 failed, 2 usage, 78 bad
+configuration (EX_CONFIG, so that systemd does not try again)."""
+
+import argparse
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from vllmd import __version__
+from vllmd.config.load import ConfigError, find_config, load
+from vllmd.spec import Settings
+
+EX_CONFIG = 78
+
+
+def parser() -> argparse.ArgumentParser:
+    """The daemon's command line."""
+    root = argparse.ArgumentParser(
+        prog="vllmd",
+        description="Keeps vLLM models running inside a memory budget. Runs in the foreground; Ctrl-C stops all models.",
+        epilog="Then: vllmctl status. Exit codes: 0 ended as asked, 1 failed, 2 usage, 78 the configuration is wrong.",
+    )
+    root.add_argument("-c", "--config", type=Path, metavar="FILE", help="configuration (default: /etc/vllmd/vllmd.toml)")
+    root.add_argument(
+        "--check-config", nargs="?", const=True, metavar="FILE", help="print every problem of the configuration and exit"
+    )
+    root.add_argument("--print-schema", action="store_true", help="print the configuration's JSON schema and exit")
+    root.add_argument("--json", action="store_true", help="with --check-config: print JSON")
+    root.add_argument("--version", action="version", version=f"vllmd {__version__}")
+    return root
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = parser().parse_args(argv)
+    if args.print_schema:
+        from vllmd.config.schema import schema
+
+        print(json.dumps(schema(), indent=2))
+        return 0
+    named = Path(args.check_config) if isinstance(args.check_config, str) else args.config
+    path = (named or find_config()).absolute()
+    try:
+        settings = load(path)
+    except ConfigError as error:
+        return refuse(error, path, as_json=args.json)
+    if args.check_config:
+        return approve(settings, path, as_json=args.json)
+    for warning in settings.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    from vllmd.daemon import run  # everything that costs time to import, only when it is needed
+
+    return asyncio.run(run(settings, path))
+
+
+def refuse(error: ConfigError, path: Path, *, as_json: bool) -> int:
+    """All problems at once."""
+    if as_json:
+        rows = [
+            {"file": str(p.file), "line": p.line, "key": p.key, "message": p.message, "hint": p.hint, "text": str(p)}
+            for p in error.problems
+        ]
+        print(json.dumps({"ok": False, "file": str(path), "problems": rows}, indent=2))
+        return EX_CONFIG
+    for problem in error.problems:
+        print(problem, file=sys.stderr)
+    count = len(error.problems)
+    print(f"cannot use {path}: {count} problem{'s' if count != 1 else ''}", file=sys.stderr)
+    return EX_CONFIG
+
+
+def approve(settings: Settings, path: Path, *, as_json: bool) -> int:
+    """Say that it is good, and what is strange about it."""
+    if as_json:
+        warnings = list(settings.warnings)
+        print(json.dumps({"ok": True, "file": str(path), "models": list(settings.models), "warnings": warnings}, indent=2))
+        return 0
+    for warning in settings.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    files = len(settings.files)
+    print(f"{path}: good, {len(settings.models)} models" + (f" in {files} files" if files > 1 else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

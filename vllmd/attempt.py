@@ -1,0 +1,295 @@
+"""One attempt of one instance, as the edges see it: spawn, follow the log, watch the tree, probe, pulse, kill.
+
+Everything it learns becomes an event with its attempt's number; it decides nothing.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllmd.core.cause import Rules, diagnose
+from vllmd.core.phases import read as read_sign
+from vllmd.edge import cgroup, logfile
+from vllmd.edge.kill import in_thread, kill_tree
+from vllmd.edge.listener import listener_owner
+from vllmd.edge.probe import Counters, Probe, ProbeError
+from vllmd.edge.process import Child, spawn
+from vllmd.edge.procfs import Member, Table, read_table
+from vllmd.edge.tasks import Tasks
+from vllmd.edge.tree import TreeWatch
+from vllmd.events import (
+    Alive,
+    Broken,
+    CanaryBack,
+    Event,
+    Gone,
+    Phase,
+    Printed,
+    Progress,
+    Pulse,
+    Ready,
+    Spawn,
+    Spawned,
+)
+from vllmd.spec import ModelSpec
+
+FOLLOW_STARTING, FOLLOW_READY = 0.1, 1.0  # seconds between looks at the log
+PROBE_EVERY = 0.5  # seconds between probes of a start; the log's last line calls for one at once
+PULSE_EVERY = 5.0  # seconds between looks at a ready engine's counters
+PROBE_TIMEOUT = 5.0
+DIAGNOSED = 1 << 20  # bytes of the log's end that are searched for the cause
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all attempts use."""
+
+    post: Callable[[Event], None]
+    tasks: Tasks
+    probe: Probe
+    rules: Rules
+    log_dir: Path
+    log_size: int
+    log_keep: int
+    cgroups: Path | None
+
+
+class Attempt:
+    """The processes of one attempt, from spawn to the last of them gone."""
+
+    def __init__(self, command: Spawn, spec: ModelSpec, shared: Shared) -> None:
+        self.instance, self.number, self.launch = command.instance, command.attempt, command.launch
+        self.spec = spec
+        self.shared = shared
+        self.child: Child | None = None
+        self.watch: TreeWatch | None = None
+        self.follower: logfile.Follower | None = None
+        self.phase: Phase | None = None
+        self.is_ready = False
+        self._what, self._status = "", None  # type: str, int | None
+        self._bytes_read = 0
+        self._counters: Counters | None = None
+        self._look_now = asyncio.Event()
+        self._works: set[asyncio.Task[Any]] = set()
+        self._killing = False
+
+    def post(self, event: Event) -> None:
+        self.shared.post(event)
+
+    def start(self) -> None:
+        """Spawn; what goes wrong is reported as Broken. Some milliseconds, on the loop."""
+        try:
+            self._spawn()
+        except OSError as error:
+            self._what = f"cannot run {self.launch.argv[0]}: {error.strerror or error}"
+            self.post(Broken(self.instance, self.number, self._what, 127))
+            return
+        assert self.child is not None
+        self.watch = TreeWatch(self.child.leader, self._member_died)
+        self.post(Spawned(self.instance, self.number, self.child.pid))
+        self._begin(self._leader(), "leader")
+        self._begin(self._follow(), "log")
+        self._begin(self._until_ready(), "probe")
+
+    def _spawn(self) -> None:
+        scratch = Path(self.launch.scratch)
+        scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self.launch.endpoint.startswith("unix:"):
+            # vLLM leaves its socket behind and will not start on one that exists.
+            path = Path(self.launch.endpoint.removeprefix("unix:"))
+            path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+        group = cgroup.make(self.shared.cgroups, self.instance) if self.shared.cgroups else None
+        fd, path = logfile.open_log(self.shared.log_dir, self.instance, self.shared.log_keep)
+        try:
+            self.child = spawn(self.launch, log_fd=fd, cwd=scratch, cgroup=group)
+        finally:
+            os.close(fd)
+        self.follower = logfile.Follower(path)
+
+    def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = self.shared.tasks.start(work, f"{name} of {self.instance}#{self.number}")
+        self._works.add(task)
+        task.add_done_callback(self._works.discard)
+
+    # -- what happens by itself
+
+    async def _leader(self) -> None:
+        """The leader's end, told within a millisecond by its pidfd."""
+        assert self.child is not None
+        status = await self.child.wait()
+        self._status = status
+        self._what = self._what or how_it_ended(status)
+        self.post(Broken(self.instance, self.number, self._what, status if status is not None else -1))
+
+    def _member_died(self, member: Member) -> None:
+        """An engine process died under a live leader: vLLM's own API server would take 4 to 11 s to notice."""
+        name = member.name.removeprefix("VLLM::").rstrip()
+        self._what = self._what or f"{ENGINE_NAMES.get(name, name)} (pid {member.pid}) died"
+        self.post(Broken(self.instance, self.number, self._what))
+
+    async def _follow(self) -> None:
+        """Read the log as it grows: phases, numbers, signs of life; rotate it."""
+        while True:
+            self.read_log()
+            await asyncio.sleep(FOLLOW_READY if self.is_ready else FOLLOW_STARTING)
+
+    def read_log(self) -> None:
+        """What the log has new, as events."""
+        assert self.follower is not None
+        lines = self.follower.read_new()
+        for line in lines:
+            sign = read_sign(line.text)
+            if sign is None:
+                continue
+            if sign.phase is not None:
+                self.phase = sign.phase
+                self.post(Progress(self.instance, self.number, sign.phase, sign.fraction, sign.note))
+                if sign.phase is Phase.HTTP:
+                    self._look_now.set()
+            if sign.figures is not None or sign.measured:
+                figures = sign.figures
+                self.post(Printed(self.instance, self.number, figures, sign.measured))
+        if lines and not self.is_ready:
+            self.post(Alive(self.instance, self.number))
+        if self.is_ready:
+            self.follower.rotate(self.shared.log_size, self.shared.log_keep)
+
+    async def _until_ready(self) -> None:
+        """Ask until it serves, names us, and the listening socket is our tree's."""
+        while not await self._serves():
+            try:
+                await asyncio.wait_for(self._look_now.wait(), PROBE_EVERY)
+                await asyncio.sleep(0.02)  # the last line is printed just before it listens
+            except TimeoutError:
+                continue
+            self._look_now.clear()
+        assert self.watch is not None
+        self.is_ready = True
+        members = self.watch.ready(pids=cgroup.pids(self.child.cgroup if self.child else None))
+        pids = tuple(sorted(member.pid for member in members))
+        self.read_log()  # numbers that were printed before it served belong to the start
+        self.post(Ready(self.instance, self.number, pids))
+        self._begin(self._pulses(), "pulse")
+
+    async def _serves(self) -> bool:
+        endpoint = self.launch.endpoint
+        try:
+            if not await self.shared.probe.health(endpoint, timeout=PROBE_TIMEOUT):
+                return False
+            if self.launch.served_name not in await self.shared.probe.served(endpoint, timeout=PROBE_TIMEOUT):
+                return False
+        except ProbeError:
+            return False
+        members = await in_thread(self._members_now, 2.0, frozenset[int]())
+        owners = await in_thread(lambda: listener_owner(endpoint, members), 2.0, None)
+        return owners is not None and bool(owners & members)
+
+    def _members_now(self) -> frozenset[int]:
+        assert self.watch is not None
+        from vllmd.edge.tree import fast_members
+
+        return frozenset(member.pid for member in fast_members(self.watch.leader, self.watch.known, table=read_table()))
+
+    async def _pulses(self) -> None:
+        """Counters of the ready engine. One that does not answer gives no pulse: the core counts the silence."""
+        while True:
+            try:
+                self._pulse(await self.shared.probe.counters(self.launch.endpoint, timeout=PROBE_TIMEOUT))
+            except ProbeError:
+                pass
+            await asyncio.sleep(PULSE_EVERY)
+
+    def _pulse(self, seen: Counters) -> None:
+        before, self._counters = self._counters, seen
+        moved = before is not None and (seen.generation_tokens, seen.prompt_tokens, seen.iterations) != (
+            before.generation_tokens,
+            before.prompt_tokens,
+            before.iterations,
+        )
+        self.post(
+            Pulse(
+                self.instance, self.number, int(seen.running), int(seen.waiting), seen.generation_tokens, moved, seen.kv_usage
+            )
+        )
+
+    # -- what it is asked
+
+    def look(self, table: Table) -> frozenset[int]:
+        """Its processes now. During a start, bytes they read are a sign of life."""
+        if self.watch is None or self._killing:
+            return frozenset()
+        group = cgroup.pids(self.child.cgroup if self.child else None)
+        pids = frozenset(member.pid for member in self.watch.look(pids=group, table=table))
+        if not self.is_ready:
+            read = sum(map(bytes_read, pids))
+            if read > self._bytes_read + (1 << 20):
+                self._bytes_read = read
+                self.post(Alive(self.instance, self.number))
+        return pids
+
+    def terminate(self) -> None:
+        """SIGTERM to the leader alone."""
+        if self.child is not None:
+            self.child.terminate()
+
+    async def canary(self) -> None:
+        """One token through the engine, within hang_after."""
+        ok = None
+        try:
+            ok = await self.shared.probe.canary(
+                self.launch.endpoint, self.launch.served_name, self.spec.category, timeout=self.spec.hang_after
+            )
+        except ProbeError:
+            ok = False
+        self.post(CanaryBack(self.instance, self.number, ok))
+
+    def begin_canary(self) -> None:
+        self._begin(self.canary(), "canary")
+
+    async def kill(self, *, crashed: bool) -> None:
+        """End everything of it and report Gone, with the cause when it crashed."""
+        if self._killing:
+            return
+        self._killing = True
+        for task in list(self._works):
+            task.cancel()
+        left: tuple[int, ...] = ()
+        if self.child is not None and self.watch is not None:
+            known = self.watch.known
+            self.watch.close()
+            left = await kill_tree(self.child, known)
+            self.child.close()
+        cause = None
+        if crashed:
+            lines = logfile.tail_lines(self.shared.log_dir, self.instance, DIAGNOSED) if self.child else []
+            phase = None if self.is_ready else self.phase
+            cause = diagnose(lines, status=self._status, what=self._what, phase=phase, rules=self.shared.rules)
+            logfile.keep_failed(self.shared.log_dir, self.instance)
+        self.post(Gone(self.instance, self.number, cause, left))
+
+
+ENGINE_NAMES = {"EngineCor": "EngineCore"}
+
+
+def how_it_ended(status: int | None) -> str:
+    """ "exited with code 1", "killed by SIGKILL"."""
+    import signal
+
+    if status is None:
+        return "ended"
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    return f"exited by itself with code {status}"
+
+
+def bytes_read(pid: int) -> int:
+    """Bytes that the process has read so far, page cache included; 0 when it cannot be told."""
+    try:
+        text = Path(f"/proc/{pid}/io").read_text()
+    except OSError:
+        return 0
+    return int(text.partition("rchar: ")[2].partition("\n")[0] or 0)

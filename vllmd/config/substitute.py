@@ -1,0 +1,95 @@
+"""${env:NAME} and ${credential:NAME}, the only substitutions, in string values.
+
+A credential is a file of that name in systemd's $CREDENTIALS_DIRECTORY. It may stand in `env` tables only: everything else
+ends in a command line, a log or a status. What is substituted in an `env` table counts as secret.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from vllmd.config.kinds import Bad, Fault
+from vllmd.config.problems import Key, Substituted, quote
+
+_FORM: Final = re.compile(r"\$\{(env|credential):([^}]*)\}|\$\{[^}]*\}?")
+_CREDENTIAL: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_MAX_BYTES: Final = 1 << 20  # systemd's own limit for all credentials of a unit
+
+
+class Filler:
+    """Fills in one file's strings. `faults` and `secrets` are what came up on the way."""
+
+    def __init__(self, env: Mapping[str, str]) -> None:
+        self.env = env
+        self.faults: list[Fault] = []
+        self.secrets: set[str] = set()
+
+    def fill(self, value: Any, path: Key = ()) -> Any:
+        """`value` with every string in it filled in. A string that cannot be is left as it is, and a fault is added."""
+        match value:
+            case dict():
+                return {key: self.fill(v, (*path, key)) for key, v in value.items()}
+            case list():
+                return [self.fill(v, (*path, at)) for at, v in enumerate(value)]
+            case str() if "${" in value:
+                try:
+                    return self.string(value, _is_env(path))
+                except Bad as exc:
+                    self.faults += [Fault(f.message, f.hint, path) for f in exc.faults]
+        return value
+
+    def string(self, raw: str, secret: bool) -> Substituted:
+        """Raises Bad for the first ${...} that cannot be filled in."""
+        parts: list[str] = []
+
+        def put(match: re.Match[str]) -> str:
+            parts.append(self.look_up(match, secret))
+            return parts[-1]
+
+        filled = _FORM.sub(put, raw)
+        if secret:
+            self.secrets |= {text for text in (filled, *parts) if text}
+        return Substituted.of(filled, raw)
+
+    def look_up(self, match: re.Match[str], secret: bool) -> str:
+        source, name = match[1], match[2]
+        if source == "env":
+            if name not in self.env:
+                raise Bad(Fault(f"{quote(match[0])}: no such variable in vllmd's environment"))
+            return self.env[name]
+        if source != "credential":
+            hint = "only ${env:NAME} and ${credential:NAME} are substituted"
+            raise Bad(Fault(f"{quote(match[0])} is not a substitution", hint))
+        if not secret:
+            raise Bad(Fault(f"{quote(match[0])} would be seen by others", "a credential can stand in an env table only"))
+        return self.credential(name)
+
+    def credential(self, name: str) -> str:
+        """The text of a credential without its last line end. Raises Bad."""
+        folder = self.env.get("CREDENTIALS_DIRECTORY")
+        shown = quote("${credential:" + name + "}")
+        if not _CREDENTIAL.fullmatch(name):
+            raise Bad(Fault(f"{shown}: not the name of a credential"))
+        if not folder:
+            raise Bad(Fault(f"{shown}: vllmd got no credentials", f"LoadCredential={name}:/path in vllmd.service"))
+        try:
+            with (Path(folder) / name).open("rb") as file:
+                content = file.read(_MAX_BYTES + 1)
+        except OSError as exc:
+            hint = f"LoadCredential={name}:/path in vllmd.service"
+            raise Bad(Fault(f"{shown}: cannot be read: {exc.strerror}", hint)) from None
+        if len(content) > _MAX_BYTES:
+            raise Bad(Fault(f"{shown}: longer than 1 MiB"))
+        try:
+            return content.decode().removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError:
+            raise Bad(Fault(f"{shown}: is not UTF-8")) from None
+
+
+def _is_env(path: Key) -> bool:
+    """Whether a value at `path` becomes an environment variable."""
+    match path:
+        case ("models", _, "env", _) | ("defaults", "env", _):
+            return True
+    return False

@@ -1,0 +1,280 @@
+"""The core: events in, commands out. All that vllmd decides is decided in here, at one place, one event at a time.
+
+It knows no clock (`now` is an argument), no loop, file, socket, process or log. Reports of attempts that are over are
+dropped by comparing their number.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+from vllmd.core import health, starts, stops
+from vllmd.core.launch import Places
+from vllmd.core.ledger import Ledger
+from vllmd.core.states import ALIVE, State
+from vllmd.core.world import Instance, World, reply
+from vllmd.events import (
+    Alive,
+    Boot,
+    Broken,
+    CanaryBack,
+    Command,
+    DevicesRead,
+    Event,
+    Finish,
+    Forget,
+    Gone,
+    Inspected,
+    KillTree,
+    Learned,
+    Printed,
+    Progress,
+    Pulse,
+    Ready,
+    Reload,
+    Restart,
+    Shutdown,
+    Spawned,
+    Start,
+    Stop,
+)
+from vllmd.spec import Cause, Settings
+
+Report = Inspected | Spawned | Alive | Progress | Printed | Ready | Pulse | CanaryBack | Broken | Gone
+
+
+class Core:
+    """Holds the world and changes it, event by event."""
+
+    def __init__(self, settings: Settings, places: Places, learned: Mapping[str, Learned] | None = None) -> None:
+        self.world = World(settings, places, Ledger(settings.devices), learned=dict(learned or {}))
+        for spec in settings.models.values():
+            self.world.instances[spec.name] = Instance(spec.name, spec)
+
+    def handle(self, event: Event | None, now: float) -> list[Command]:
+        """Everything that follows from one event (None: the timer fired) at `now`. The caller does the commands in order.
+
+        Raises IllegalMove on a bug; the caller logs `world.story` and exits.
+        """
+        world = self.world
+        match event:
+            case None:
+                pass
+            case (
+                Inspected()
+                | Spawned()
+                | Alive()
+                | Progress()
+                | Printed()
+                | Ready()
+                | Pulse()
+                | CanaryBack()
+                | Broken()
+                | Gone()
+            ):
+                inst = world.instances.get(event.instance)
+                if inst is not None and inst.attempt == event.attempt:
+                    self._report(inst, event, now)
+            case DevicesRead():
+                health.devices_read(world, event, now)
+            case Boot():
+                self._boot(now)
+            case Start():
+                self._start(event, now)
+            case Stop():
+                self._stop(event, now)
+            case Restart():
+                self._restart(event, now)
+            case Reload():
+                self._reload(event, now)
+            case Shutdown():
+                self._shutdown(now)
+        self._deadlines(now)
+        self._drop_removed()
+        if world.closing and not world.finished and not any(i.state in ALIVE for i in world.instances.values()):
+            world.finished = True
+            world.emit(Finish())
+        commands, world.out = world.out, []
+        return commands
+
+    def next_deadline(self) -> float | None:
+        """When the timer must fire next, or None."""
+        return min((i.deadline for i in self.world.instances.values() if i.deadline is not None), default=None)
+
+    def _report(self, inst: Instance, event: Report, now: float) -> None:
+        world = self.world
+        match event:
+            case Inspected():
+                starts.inspected(world, inst, event, now)
+            case Spawned():
+                inst.pid = event.pid
+                inst.pids = (event.pid,)
+            case Alive():
+                starts.alive(inst, now)
+            case Progress():
+                starts.progressed(inst, event, now)
+            case Printed():
+                measuring = inst.measuring
+                starts.printed(world, inst, event, now)
+                if measuring and not inst.measuring:
+                    stops.release_drains(world, now)
+                    starts.pump(world, now)
+            case Ready():
+                health.ready(world, inst, event, now)
+            case Pulse():
+                health.pulse(inst, event, now)
+            case CanaryBack():
+                health.canary_back(inst, event, now)
+            case Broken():
+                stops.broken(world, inst, event, now)
+            case Gone():
+                stops.gone(world, inst, event, now)
+
+    def _deadlines(self, now: float) -> None:
+        """Whoever's time has come. What it means follows from the state."""
+        world = self.world
+        for inst in list(world.instances.values()):
+            if inst.deadline is None or inst.deadline > now:
+                continue
+            match inst.state:
+                case State.WAITING if inst.inspecting:
+                    text = f"cannot start {inst.id}: its files could not be checked in time (a file system that hangs?)"
+                    starts.give_up(world, inst, Cause("inspect-slow", text, "files do not answer"), now)
+                case State.WAITING:
+                    cause = inst.cause or Cause(
+                        "no-room", f"cannot start {inst.id}: {inst.waiting_text}", "waited too long"
+                    )
+                    starts.give_up(world, inst, cause, now)
+                case State.STARTING:
+                    health.stalled(world, inst, now)
+                case State.READY:
+                    health.silent(world, inst, now)
+                case State.DRAINING if inst.drain_held:
+                    stops.terminate(world, inst, now)
+                case State.DRAINING:
+                    stops.end(world, inst, now, "drain time is over")
+                case State.STOPPING if inst.gone:
+                    stops.give_up_settling(world, inst, now)
+                case State.STOPPING:
+                    inst.deadline = now + stops.KILL_AGAIN
+                    world.emit(KillTree(inst.id, inst.attempt, inst.crashed))
+                case State.BACKOFF:
+                    inst.restarts += 1
+                    world.count("restarts")
+                    starts.want(world, inst, now, patient=True, spec=world.settings.models.get(inst.spec.name))
+
+    def _boot(self, now: float) -> None:
+        for inst in self.world.instances.values():
+            if inst.spec.autostart and inst.state is State.STOPPED:
+                starts.want(self.world, inst, now, patient=True)
+
+    def _find(self, model: str, ticket: int | None) -> Sequence[Instance]:
+        """The model's instances; an unknown name is answered with the nearest known one."""
+        found = list(self.world.of(model))
+        if not found and ticket is not None:
+            near = difflib.get_close_matches(model, self.world.settings.models, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            self.world.emit(reply(ticket, 404, f"there is no model {model!r}{hint}"))
+        return found
+
+    def _start(self, event: Start, now: float) -> None:
+        for inst in self._find(event.model, event.ticket):
+            if self.world.closing:
+                self._tell(event.ticket, 503, "vllmd is shutting down")
+                continue
+            match inst.state:
+                case State.STOPPED | State.FAILED | State.BACKOFF:
+                    if inst.state is not State.BACKOFF:
+                        inst.failures.clear()
+                    if event.ticket is not None:
+                        inst.tickets.append(event.ticket)
+                    starts.want(self.world, inst, now, patient=False, spec=self.world.settings.models[inst.spec.name])
+                case State.WAITING:
+                    if event.ticket is not None:
+                        inst.tickets.append(event.ticket)
+                    if not inst.inspecting:
+                        self.world.answer(inst, 202, f"{inst.id}: {inst.waiting_text}")
+                case State.STARTING | State.READY:
+                    self._tell(event.ticket, 200, f"{inst.id} is {inst.state} already")
+                case State.DRAINING | State.STOPPING:
+                    inst.wanted = True
+                    self._tell(event.ticket, 202, f"{inst.id} is stopping and will start again after that")
+
+    def _tell(self, ticket: int | None, status: int, message: str) -> None:
+        if ticket is not None:
+            self.world.emit(reply(ticket, status, message))
+
+    def _stop(self, event: Stop, now: float) -> None:
+        for inst in self._find(event.model, event.ticket):
+            status, text = stops.stop(self.world, inst, now, at_once=event.now)
+            self._tell(event.ticket, status, text)
+            starts.pump(self.world, now)
+
+    def _restart(self, event: Restart, now: float) -> None:
+        for inst in self._find(event.model, event.ticket):
+            match inst.state:
+                case State.READY if not self.world.closing:
+                    inst.wanted = True
+                    stops.drain(self.world, inst, now, "restart")
+                    self._tell(event.ticket, 202, f"{inst.id}: draining, then starting again")
+                case State.STARTING if not self.world.closing:
+                    inst.wanted = True
+                    stops.end(self.world, inst, now, "restart")
+                    self._tell(event.ticket, 202, f"{inst.id}: stopping, then starting again")
+                case _:
+                    self._start(Start(event.model, event.ticket), now)
+
+    def _reload(self, event: Reload, now: float) -> None:
+        """Take over a checked configuration; only what must is restarted."""
+        world, new = self.world, event.settings
+        world.settings = new
+        world.ledger.rules = new.devices
+        for inst in list(world.instances.values()):
+            spec = new.models.get(inst.spec.name)
+            if spec is None:
+                stops.stop(world, inst, now)
+            elif inst.spec.name in event.restart and inst.state is State.READY:
+                stops.drain(world, inst, now, "its configuration changed")
+            elif inst.spec.name in event.restart and inst.state in (State.STARTING, State.WAITING):
+                self._change_early(inst, now)
+            elif inst.spec.name in event.restart and inst.state is State.FAILED and inst.wanted:
+                starts.want(world, inst, now, patient=True, spec=spec)
+            elif inst.spec.name not in event.restart or inst.state not in ALIVE:
+                inst.spec = spec
+                if inst.state is State.READY:
+                    health.arm(inst)
+        for spec in new.models.values():
+            if spec.name not in world.instances:
+                world.instances[spec.name] = inst = Instance(spec.name, spec, since=now)
+                if spec.autostart and not world.closing:
+                    starts.want(world, inst, now, patient=True)
+        order = {name: place for place, name in enumerate(new.models)}
+        world.instances = dict(sorted(world.instances.items(), key=lambda item: order.get(item[0], len(order))))
+        self._tell(event.ticket, 200, "configuration reloaded")
+        starts.pump(world, now)
+
+    def _change_early(self, inst: Instance, now: float) -> None:
+        """New configuration for a start that is under way: begin it anew."""
+        if inst.state is State.STARTING:
+            stops.end(self.world, inst, now, "its configuration changed")
+        else:
+            stops.stop(self.world, inst, now)
+            starts.want(self.world, inst, now, patient=True, spec=self.world.settings.models[inst.spec.name])
+
+    def _shutdown(self, now: float) -> None:
+        """End everything; a second call skips the drains."""
+        again, self.world.closing = self.world.closing, True
+        for inst in list(self.world.instances.values()):
+            if inst.drain_held:
+                stops.terminate(self.world, inst, now)
+            if inst.state is not State.STOPPED:
+                stops.stop(self.world, inst, now, at_once=again)
+
+    def _drop_removed(self) -> None:
+        """Forget instances that are no longer configured, once they have come to rest."""
+        world = self.world
+        for inst in list(world.instances.values()):
+            if inst.spec.name not in world.settings.models and inst.state in (State.STOPPED, State.FAILED):
+                world.answer(inst, 409, f"{inst.id} was removed from the configuration")
+                world.ledger.release(inst.id)
+                del world.instances[inst.id]
+                world.emit(Forget(inst.id))

@@ -1,0 +1,127 @@
+"""From a model, a place and a need to argv and environment of `vllm serve`.
+
+The command line is what vLLM's own documentation shows; nothing secret is in it. The caches are shared between
+instances (a compile is worth 20 s), the scratch directory is not (vLLM leaves sockets and files there).
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllmd.core.need import Need
+from vllmd.events import DeviceReading, Inspection, Launch
+from vllmd.spec import ModelSpec
+
+QUIET_PATHS = "/health,/metrics,/ping"
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Directories a launch may use. `hf_home` None = the engine's own default. `mark` tells our processes from others'."""
+
+    runtime: Path
+    cache: Path
+    scratch: Path
+    mark: str
+    hf_home: Path | None = None
+
+
+def launch(
+    spec: ModelSpec,
+    instance: str,
+    attempt: int,
+    need: Need,
+    found: Inspection,
+    devices: Sequence[DeviceReading],
+    at: Places,
+) -> Launch:
+    """Everything the process edge needs to start this attempt."""
+    scratch = at.scratch / f"{instance}-{attempt}"
+    if found.port:
+        endpoint = f"http://127.0.0.1:{found.port}"
+        listen = ["--host", "127.0.0.1", "--port", str(found.port)]
+    else:
+        path = at.runtime / f"{instance}.sock"
+        endpoint, listen = f"unix:{path}", ["--uds", str(path)]
+    # A hub id stays one: remote code is loaded under the repository's name, not under a snapshot's folder.
+    model = found.model.path if found.model.path and spec.model[0] in "/.~" else spec.model
+    argv = [found.engine.executable, "serve", model, "--served-model-name", spec.name, *listen]
+    argv += memory_flags(spec, need)
+    if len(devices) > 1:
+        argv += ["--tensor-parallel-size", str(len(devices))]
+    for flag, value in (
+        ("shutdown-timeout", str(math.ceil(spec.drain))),
+        ("disable-access-log-for-endpoints", QUIET_PATHS),
+    ):
+        # An older vLLM without the flag still runs; it only stops less gently or logs more.
+        if (found.engine.flags is None or flag in found.engine.flags) and flag not in spec.args:
+            argv += [f"--{flag}", value]
+    argv += spell_args(spec.args)
+    return Launch(
+        argv=tuple(argv),
+        env=environment(spec, found, devices, at, str(scratch)),
+        endpoint=endpoint,
+        served_name=spec.name,
+        scratch=str(scratch),
+        cookie=f"{at.mark}:{instance}:{attempt}",
+    )
+
+
+def memory_flags(spec: ModelSpec, need: Need) -> list[str]:
+    """The reservation as vLLM's flags. With pinned KV both are passed: its free-memory check still reads the share."""
+    flags = []
+    if need.share is not None:
+        flags += ["--gpu-memory-utilization", f"{need.share:.4f}"]
+    if need.pinned and need.kv is not None:
+        flags += ["--kv-cache-memory-bytes", str(need.kv)]
+    if spec.max_model_len is not None:
+        flags += ["--max-model-len", str(spec.max_model_len)]
+    return flags
+
+
+def spell_args(args: Mapping[str, Any]) -> list[str]:
+    """The operator's own flags: true = bare flag, false = --no-flag, a table = JSON, a list = several values."""
+    words: list[str] = []
+    for flag, value in args.items():
+        match value:
+            case True:
+                words.append(f"--{flag}")
+            case False:
+                words.append(f"--no-{flag}")
+            case dict():
+                words += [f"--{flag}", json.dumps(value, separators=(",", ":"))]
+            case list() | tuple():
+                words += [f"--{flag}", *map(str, value)]
+            case _:
+                words += [f"--{flag}", str(value)]
+    return words
+
+
+def environment(
+    spec: ModelSpec, found: Inspection, devices: Sequence[DeviceReading], at: Places, scratch: str
+) -> dict[str, str]:
+    """What is laid over the clean environment; the operator's own `env` last (its check lets none of ours by)."""
+    env = {
+        "VLLM_CACHE_ROOT": str(at.cache / "vllm"),
+        "VLLM_CONFIG_ROOT": str(at.cache / "config"),
+        "TRITON_CACHE_DIR": str(at.cache / "triton"),
+        "FLASHINFER_WORKSPACE_BASE": str(at.cache / "flashinfer"),
+        "TMPDIR": scratch,
+        "VLLM_RPC_BASE_PATH": scratch,
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_COLOR": "0",
+        "NO_COLOR": "1",
+        "VLLM_DISABLE_LOG_LOGO": "1",
+    }
+    if at.hf_home is not None:
+        env["HF_HOME"] = str(at.hf_home)
+    if found.model.path is not None:
+        env["HF_HUB_OFFLINE"] = "1"  # all files are here: do not wait for a hub that may be down
+    if any(device.kind != "cpu" for device in devices):
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(device.id for device in devices)
+        env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    return {**env, **spec.env}

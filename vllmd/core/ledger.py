@@ -1,0 +1,131 @@
+"""The memory budget: what each device offers, what is promised to whom, and whether one more fits. Arithmetic only.
+
+    budget = min(total - reserve, limit)
+    left   = min(budget - promised, total - reserve - external - sum of max(promised, used))
+
+`limit` caps what vllmd takes; other programs count only against what is physically there. An instance that uses more
+than it was promised counts with what it uses.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from vllmd.events import DeviceReading
+from vllmd.spec import DeviceRule
+from vllmd.units import GIB, MIB, gib, gib_of
+
+AUTO_RESERVE = 512 * MIB
+DISPLAY_RESERVE = GIB  # beside what the display itself uses now: desktops grow
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """One device's sums at this moment, in bytes."""
+
+    reading: DeviceReading
+    reserve: int
+    budget: int
+    promised: Mapping[str, int]
+    external: int
+
+    @property
+    def reserved(self) -> int:
+        return sum(self.promised.values())
+
+    @property
+    def left(self) -> int:
+        """Bytes that one more instance could be promised; negative when others took what was promised."""
+        used = self.reading.instances
+        taken = sum(max(size, used.get(who, 0)) for who, size in self.promised.items())
+        # Trees whose promise is gone while a process lingers are neither external nor promised.
+        taken += sum(size for who, size in used.items() if who not in self.promised)
+        return min(self.budget - self.reserved, self.reading.total - self.reserve - self.external - taken)
+
+    @property
+    def label(self) -> str:
+        """How sentences name it: "GPU 0" or "cpu"."""
+        return device_label(self.reading)
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Promises by instance and device. Only the core touches it; `readings` is the last look at each device."""
+
+    rules: Mapping[str, DeviceRule] = field(default_factory=dict)
+    readings: dict[str, DeviceReading] = field(default_factory=dict)
+    held: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def account(self, device: str) -> Account:
+        """The sums of one device. Raises KeyError for a device that was never seen."""
+        reading = self.readings[device]
+        rule = rule_for(reading, self.rules)
+        reserve = auto_reserve(reading) if rule.reserve is None else rule.reserve
+        # With a display attached its own use is already inside the automatic reserve.
+        external = max(0, reading.external - (reading.display if rule.reserve is None else 0))
+        budget = max(0, reading.total - reserve)
+        if rule.limit is not None:
+            budget = min(budget, rule.limit)
+        promised = {who: part[device] for who, part in self.held.items() if device in part}
+        return Account(reading, reserve, budget, promised, external)
+
+    def hold(self, instance: str, parts: Mapping[str, int]) -> None:
+        """Promise `parts` (device -> bytes) to an instance, in place of what it had. Raises if it does not fit."""
+        self.release(instance)
+        for device, size in parts.items():
+            account = self.account(device)
+            if size > account.left:
+                raise ValueError(f"cannot hold {size} bytes on {device} for {instance}: {account.left} left")
+        self.held[instance] = dict(parts)
+
+    def release(self, instance: str) -> None:
+        """Take back all promises to an instance; none is fine."""
+        self.held.pop(instance, None)
+
+
+def rule_for(reading: DeviceReading, rules: Mapping[str, DeviceRule]) -> DeviceRule:
+    """The most special [devices.X] table for a device: its id (UUID), its index, "*"."""
+    for key in (reading.id, str(reading.index), "*"):
+        if key in rules:
+            return rules[key]
+    return DeviceRule()
+
+
+def auto_reserve(reading: DeviceReading) -> int:
+    """What is kept back when nobody said: 512 MiB, with a display attached what it uses + 1 GiB."""
+    return reading.display + DISPLAY_RESERVE if reading.display else AUTO_RESERVE
+
+
+def device_label(reading: DeviceReading) -> str:
+    """ "GPU 0", "MIG 1", or "cpu"."""
+    return "cpu" if reading.kind == "cpu" else f"{reading.kind.upper()} {reading.index}"
+
+
+def takers(account: Account, count: int = 4) -> str:
+    """Who has the memory of a device, largest first: "dots-ocr 9.8 GiB, Xorg 0.5 GiB"."""
+    used = account.reading.instances
+    ours = [(max(size, used.get(who, 0)), who) for who, size in account.promised.items()]
+    rows = sorted(ours + [(p.used, p.name) for p in account.reading.processes if p.used >= 64 * MIB], reverse=True)
+    named = [f"{who} {gib(size)}" for size, who in rows[:count]]
+    rest = sum(size for size, _ in rows[count:])
+    return ", ".join([*named, f"{len(rows) - count} more {gib(rest)}"] if rest else named) or "nothing else is running"
+
+
+def memory_sum(account: Account) -> str:
+    """One device's sum as a sentence part: "GPU 0: 1.1 of 11.4 GiB left: dots-ocr 9.8 GiB, Xorg 0.5 GiB"."""
+    return f"{account.label}: {gib_of(max(0, account.left), account.budget)} left: {takers(account)}"
+
+
+def smallest_release(account: Account, need: int, candidates: Iterable[str]) -> tuple[str, ...]:
+    """The fewest of `candidates` whose stopping makes room for `need` bytes, smallest sufficient first; () = none do."""
+    missing = need - account.left
+    parts = sorted((account.promised.get(who, 0), who) for who in candidates if account.promised.get(who, 0) > 0)
+    alone = [who for size, who in parts if size >= missing]
+    if alone:
+        return (alone[0],)
+    chosen: list[str] = []
+    for size, who in reversed(parts):
+        chosen.append(who)
+        missing -= size
+        if missing <= 0:
+            return tuple(chosen)
+    return ()

@@ -1,0 +1,168 @@
+"""How much memory a start will take on each of its devices, and the flags that hold vLLM to it.
+
+Before the first good start a need is a sum of parts: weights from the file headers, KV cache exactly, activations by
+rule. After it the measured base replaces all but the KV cache, which is then pinned. What the operator gave (`vram`) is
+reserved as given: on a GPU vLLM turns what is left after measuring into KV cache,
+
+    share = floor((vram - context - slack) / device total, 4 decimals)
+
+rounded down because vLLM rounds up, and NVML's total because CUDA's is a little smaller. Sums: facts of vLLM 0.32 in
+v1/worker/gpu_worker.py, v1/worker/cpu_worker.py.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from vllmd.core.case import COMPILER, CONTEXT, GROWTH, SLACK, Case, Parts, describe, loose_parts, pinned, roomy_parts
+from vllmd.events import DeviceReading, Inspection, Learned
+from vllmd.spec import Cause, ModelSpec, Remedy
+from vllmd.units import GIB, MIB, gib
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one start takes of each of its devices. Sizes in bytes; `parts` add up to `total`."""
+
+    total: int  # to reserve
+    kv: int | None  # KV cache: exact when pinned, else what vLLM should come to
+    pinned: bool  # pass --kv-cache-memory-bytes
+    share: float | None  # --gpu-memory-utilization; None = not needed (CPU with pinned KV)
+    base: int  # all but the KV cache
+    context: int  # tokens of one request that the KV cache is meant to hold; 0 = not known
+    measured: bool  # from a good start, not from rules
+    parts: Parts
+
+
+def estimate(
+    spec: ModelSpec,
+    facts: Inspection,
+    reading: DeviceReading,
+    learned: Learned | None,
+    gpus: int = 1,
+    budget: int | None = None,
+) -> Need | Cause:
+    """The need on each of `gpus` devices like `reading`, or why it cannot be started so. `budget` is that of the device
+    (None = all of it): a `vram` given as a share is a share of it."""
+    case = describe(spec, facts, reading, learned, gpus, reading.total if budget is None else budget)
+    if case.vram is None and learned is None and facts.model.weights is None:
+        return size_unknown(spec)
+    if spec.kv_cache and case.exact and case.context and case.kv_token and spec.kv_cache < case.context * case.kv_token:
+        return kv_too_small(case, spec.kv_cache)
+    need = roomy(case) if case.vram is None else within(case, case.vram)
+    if isinstance(need, Need) and case.cpu and (need.kv or 0) + case.weights > reading.engine_total > 0:
+        return node_too_small(case, need)
+    return need
+
+
+def roomy(case: Case) -> Need | Cause:
+    """`vram` is "auto": everything that is needed, added up."""
+    kv, parts = roomy_parts(case)
+    return finish(case, sum(size for _, size in parts), kv, parts)
+
+
+def within(case: Case, vram: int) -> Need | Cause:
+    """`vram` is given: it is reserved, and the KV cache gets what the rest leaves."""
+    hard = sum(size for _, size in case.fixed)
+    least = case.spec.kv_cache or (case.kv_least if case.exact and case.kv_least else MIB)
+    if hard + least > vram:
+        return too_small(case, vram, least)
+    kv = case.spec.kv_cache or max(least, kv_left(case, vram, hard))
+    if case.spec.kv_cache is None and case.kv_least and hard + case.kv_least <= vram:
+        kv = max(kv, case.kv_least)
+    return finish(case, vram, kv, (*case.fixed, ("KV cache", kv), ("activations and slack", vram - hard - kv)))
+
+
+def kv_left(case: Case, vram: int, hard: int) -> int:
+    """The KV cache that `vram` has room for, in bytes; it may come out negative."""
+    if case.learned:
+        return int(vram / (1 + GROWTH)) - hard
+    if not case.facts.model.weights:
+        return (vram - hard) // 4  # not downloaded: what the weights will take is not known
+    left = vram - hard - sum(size for _, size in loose_parts(case, COMPILER))
+    # vLLM's CPU worker is bound to one NUMA node and refuses a cache beyond what is available there.
+    return min(left, case.reading.engine_free - case.weights - GIB) if case.cpu else left
+
+
+def finish(case: Case, total: int, kv: int, parts: Parts) -> Need | Cause:
+    """The need with vLLM's flags. The share is passed beside a pinned KV cache too: the free-memory check reads it."""
+    share = None
+    if not case.cpu:
+        ten_thousandths = (total - CONTEXT - SLACK) * 10_000 // case.reading.engine_total
+        if ten_thousandths < 1 and not pinned(case):
+            return too_small(case, total, kv)
+        share = min(max(ten_thousandths, 1), 10_000) / 10_000
+    measured = case.learned is not None
+    return Need(total, kv, pinned(case), share, total - kv, case.context or 0, measured, parts)
+
+
+def learned_key(spec: ModelSpec, facts: Inspection, kind: str, tp: int) -> str:
+    """Under which a measured need is kept: whatever changes it, not vram or kv_cache."""
+    args = {key.replace("_", "-"): value for key, value in spec.args.items()}
+    told = [spec.model, facts.model.fingerprint, facts.engine.version, kind, tp, spec.max_model_len, args]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+# -- why not ----------------------------------------------------------------------------------------------------------
+
+
+def too_small(case: Case, vram: int, kv: int) -> Cause:
+    """The operator's vram cannot hold even what is certain."""
+    spec = case.spec
+    label = f"KV cache for {case.context} tokens" if case.exact and not spec.kv_cache else "KV cache"
+    parts = [*case.fixed, (label, kv)]
+    total = sum(size for _, size in parts)
+    enough = max(total, sum(size for _, size in roomy_parts(case)[1]))
+    remedies = [Remedy(f'models.{spec.name}.vram = "{-(-enough * 2 // GIB) / 2:g}GiB"')]
+    room = vram - total + kv
+    if spec.kv_cache is None and case.exact and case.kv_token and room // case.kv_token >= 512:
+        remedies.append(Remedy(f"models.{spec.name}.max_model_len = {room // case.kv_token // 256 * 256}"))
+    sum_ = " + ".join(f"{label} {gib(size)}" for label, size in parts)
+    return Cause(
+        "too-small",
+        f"cannot start {spec.name}: needs at least {gib(total)} ({sum_}), its vram is {gib(vram)}",
+        f"vram below {gib(total)}",
+        tuple(remedies),
+        heals=False,
+    )
+
+
+def kv_too_small(case: Case, kv: int) -> Cause:
+    """`kv_cache` cannot hold one request of the full length; vLLM would say so after half a minute."""
+    spec, token, context = case.spec, case.kv_token or 1, case.context or 0
+    fits = kv // token // 128 * 128
+    remedies = [Remedy(f'models.{spec.name}.kv_cache = "{-(-context * token // MIB)}MiB"')]
+    if fits:
+        remedies.insert(0, Remedy(f"models.{spec.name}.max_model_len = {fits}"))
+    return Cause(
+        "kv-too-small",
+        f"cannot start {spec.name}: one request of {context} tokens needs {gib(context * token)} of KV cache,"
+        f" kv_cache is {gib(kv)}",
+        "KV cache too small",
+        tuple(remedies),
+        heals=False,
+    )
+
+
+def node_too_small(case: Case, need: Need) -> Cause:
+    """vLLM's CPU worker lives in the memory of one NUMA node, which may be less than the machine's."""
+    spec, node = case.spec, case.reading.engine_total
+    return Cause(
+        "node-too-small",
+        f"cannot start {spec.name}: weights {gib(case.weights)} + KV cache {gib(need.kv or 0)} exceed the {gib(node)}"
+        " of the NUMA node that vLLM's CPU worker is bound to",
+        "NUMA node too small",
+        (Remedy(f"lower models.{spec.name}.kv_cache or max_model_len"),),
+        heals=False,
+    )
+
+
+def size_unknown(spec: ModelSpec) -> Cause:
+    """Nothing is on disk to measure and nobody said how much."""
+    return Cause(
+        "size-unknown",
+        f"cannot start {spec.name}: vram is auto and {spec.model} is not downloaded: its need cannot be estimated",
+        "size unknown",
+        (Remedy(f'models.{spec.name}.vram = "8GiB" (what you would give it)'), Remedy(f"hf download {spec.model}")),
+        heals=False,
+    )

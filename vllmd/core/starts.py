@@ -1,0 +1,427 @@
+"""The way up: want -> inspect -> place -> spawn -> ready.
+
+An instance is placed only when three things hold at once: its need fits what is left, every device it would use
+answers, and nobody is in the middle of measuring (or moving, if it will measure itself) on them.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from vllmd.core.launch import launch
+from vllmd.core.ledger import Account, device_label, memory_sum, smallest_release, takers
+from vllmd.core.need import Need, estimate, learned_key
+from vllmd.core.states import Move, State
+from vllmd.core.world import Instance, World
+from vllmd.events import DeviceReading, Figures, Inspect, Inspected, Printed, Progress, Spawn
+from vllmd.spec import Cause, ModelSpec, Remedy
+from vllmd.units import gib, gib_of, span
+
+INSPECT_LIMIT = 20.0  # seconds; preflight takes well under one, but a dead network file system may hold it
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A place that fits: what to reserve where."""
+
+    devices: tuple[DeviceReading, ...]
+    need: Need
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """No room now. `devices` is where it would have gone; `need` what it asks of each."""
+
+    cause: Cause
+    devices: tuple[str, ...]
+    need: int
+
+
+def want(
+    world: World,
+    inst: Instance,
+    now: float,
+    *,
+    patient: bool,
+    spec: ModelSpec | None = None,
+    move: Move = Move.WANT,
+) -> None:
+    """Begin a start: a new attempt, inspected first."""
+    if spec is not None:
+        inst.spec = spec
+    inst.wanted, inst.patient = True, patient
+    inst.attempt += 1
+    inst.inspecting, inst.found, inst.waits_for = True, None, ()
+    inst.waiting_text = "checking files, flags, port and memory"
+    world.move(inst, move, now)
+    inst.deadline = now + INSPECT_LIMIT
+    world.emit(Inspect(inst.id, inst.attempt, inst.spec.name))
+
+
+def inspected(world: World, inst: Instance, event: Inspected, now: float) -> None:
+    """Preflight is back: refuse what cannot start, else try to place it."""
+    if inst.state is not State.WAITING or not inst.inspecting:
+        return
+    inst.inspecting, inst.found = False, event.found
+    if event.problem is not None:
+        give_up(world, inst, event.problem, now)
+        return
+    inst.deadline = inst.since + inst.spec.queue_timeout
+    place(world, inst, now)
+
+
+def give_up(world: World, inst: Instance, cause: Cause, now: float) -> None:
+    """A start that cannot be: failed, everybody told. A port that is taken may be free again: that one backs off."""
+    world.answer(inst, 422, cause.text, cause)
+    set_cause(world, inst, cause, now)
+    world.move(inst, Move.GIVE_UP, now, cause.text)
+
+
+def set_cause(world: World, inst: Instance, cause: Cause, now: float) -> None:
+    """Remember why an instance is not as wanted, with the memory at this moment and what changed since it last was."""
+    inst.cause, inst.cause_at = cause, now
+    devices = inst.devices or tuple(world.seen)
+    inst.cause_memory = "; ".join(memory_sum(world.ledger.account(d)) for d in devices if d in world.seen)
+    inst.changed = changes(world.good.get(inst.spec.name), profile(world, inst))
+
+
+def profile(world: World, inst: Instance) -> dict[str, str]:
+    """What a start ran with, as words that can be compared later."""
+    spec, found = inst.spec, inst.found
+    neighbours = sorted(
+        other.id
+        for other in world.instances.values()
+        if other is not inst and other.state in (State.STARTING, State.READY)
+    )
+    words = {
+        "model": spec.model,
+        "max_model_len": str(spec.max_model_len),
+        "vram": str(spec.vram),
+        "kv_cache": str(spec.kv_cache),
+        "args": json.dumps(dict(spec.args), sort_keys=True),
+        "env": ", ".join(sorted(spec.env)),  # names only: values may be secret
+        "neighbours": ", ".join(neighbours) or "none",
+    }
+    if found is not None:
+        words |= {"vLLM": found.engine.version, "files": found.model.fingerprint}
+    return words
+
+
+def changes(good: Mapping[str, str] | None, current: Mapping[str, str]) -> tuple[str, ...]:
+    """ "vLLM: 0.31.0 → 0.32.0" for all that differs; empty without a good start to compare with."""
+    if good is None:
+        return ()
+    return tuple(
+        f"{key}: {good[key]} → {value}" for key, value in current.items() if key in good and good[key] != value
+    )
+
+
+def pump(world: World, now: float) -> None:
+    """Try all who wait, oldest first. One that cannot be placed does not hold up those that fit elsewhere."""
+    for inst in sorted(world.instances.values(), key=lambda i: i.since):
+        if inst.state is State.WAITING and not inst.inspecting:
+            place(world, inst, now)
+
+
+def place(world: World, inst: Instance, now: float) -> None:
+    """Admit a waiting instance, keep it in line, or refuse it."""
+    outcome = find_place(world, inst)
+    match outcome:
+        case Cause():
+            give_up(world, inst, outcome, now)
+        case Blocked():
+            world.ledger.release(inst.id)
+            coming = freeing(world, outcome)
+            if inst.patient or coming:
+                hold_in_line(world, inst, outcome, coming)
+            else:
+                inst.wanted = False
+                set_cause(world, inst, outcome.cause, now)
+                world.answer(inst, 409, outcome.cause.text, outcome.cause)
+                world.move(inst, Move.CANCEL, now, outcome.cause.text)
+        case Placed():
+            busy = neighbours_moving(world, inst, outcome)
+            if busy:
+                names = ", ".join(sorted(busy))
+                inst.waits_for = tuple(sorted(busy))
+                inst.waiting_text = f"waiting for {device_label(outcome.devices[0])}: {names} {busy_word(world, busy)}"
+                inst.need, inst.devices = outcome.need, tuple(d.id for d in outcome.devices)
+                world.answer(inst, 202, f"{inst.id}: {inst.waiting_text}")
+            else:
+                admit(world, inst, outcome, now)
+
+
+def busy_word(world: World, busy: set[str]) -> str:
+    return "is measuring its memory" if any(world.instances[b].measuring for b in busy) else "is stopping"
+
+
+def hold_in_line(world: World, inst: Instance, blocked: Blocked, coming: tuple[str, ...]) -> None:
+    """Wait for memory: it is being freed, or an automatic start can afford to."""
+    inst.waits_for = coming
+    inst.patient = True  # accepted is accepted: what was promised to come may come late
+    label = device_label(world.ledger.readings[blocked.devices[0]]) if blocked.devices else "a device"
+    left = world.ledger.account(blocked.devices[0]).left if blocked.devices else 0
+    inst.waiting_text = f"waiting for memory: needs {gib(blocked.need)} on {label}, {gib(max(0, left))} left"
+    if coming:
+        inst.waiting_text += f"; {', '.join(coming)} {'is' if len(coming) == 1 else 'are'} stopping"
+    set_cause(world, inst, blocked.cause, inst.since)
+    world.answer(inst, 202, f"{inst.id}: {inst.waiting_text}")
+
+
+def freeing(world: World, blocked: Blocked) -> tuple[str, ...]:
+    """The instances on their way down whose memory will make room, or ()."""
+    moving = [i for i in world.instances.values() if i.state in (State.DRAINING, State.STOPPING) and not comes_back(i)]
+    for device in blocked.devices:
+        account = world.ledger.account(device)
+        back = sum(account.promised.get(i.id, 0) + unreturned(account, i) for i in moving)
+        if account.left + back < blocked.need:
+            return ()
+    return tuple(i.id for i in moving if set(i.devices) & set(blocked.devices))
+
+
+def unreturned(account: Account, inst: Instance) -> int:
+    """Bytes of an ended instance that the device still shows as used by nobody: they look external for a moment."""
+    if not inst.gone:
+        return 0
+    grown = account.reading.external - inst.outside.get(account.reading.id, account.reading.external)
+    return min(max(0, grown), account.promised.get(inst.id, 0))
+
+
+def comes_back(inst: Instance) -> bool:
+    """Whether an ending instance will want its memory again."""
+    return inst.wanted
+
+
+def find_place(world: World, inst: Instance) -> Placed | Blocked | Cause:
+    """Where the instance would go now. Pure: changes nothing.
+
+    Its own promise (kept since before a crash) does not stand in its way.
+    """
+    assert inst.found is not None
+    own = world.ledger.held.pop(inst.id, None)
+    try:
+        return choose(world, inst, inst.spec)
+    finally:
+        if own is not None:
+            world.ledger.held[inst.id] = own
+
+
+def choose(world: World, inst: Instance, spec: ModelSpec) -> Placed | Blocked | Cause:
+    """The place with most room, among those the model allows."""
+    choices = candidates(world, spec)
+    if isinstance(choices, Cause):
+        return choices
+    best: Placed | Blocked | Cause | None = None
+    for devices in choices:
+        outcome = try_devices(world, inst, spec, devices)
+        if best is None or rank(world, outcome) > rank(world, best):
+            best = outcome
+    assert best is not None
+    return best
+
+
+def rank(world: World, outcome: Placed | Blocked | Cause) -> tuple[int, int]:
+    match outcome:
+        case Placed():
+            return 2, min(world.ledger.account(d.id).left for d in outcome.devices)
+        case Blocked():
+            return 1, min((world.ledger.account(d).left for d in outcome.devices), default=0)
+    return 0, 0
+
+
+def candidates(world: World, spec: ModelSpec) -> Sequence[tuple[DeviceReading, ...]] | Cause:
+    """The device sets a model may use, or why there is none."""
+    readings = world.ledger.readings
+    fresh = [r for r in readings.values() if r.id in world.seen]
+    if not fresh:
+        return Cause(
+            "no-device",
+            f"cannot start {spec.name}: no device answers" + (f" ({world.trouble})" if world.trouble else ""),
+            "no device",
+            (Remedy("vllmctl devices shows what is seen; check the driver with nvidia-smi"),),
+        )
+    match spec.gpus:
+        case tuple() as names:
+            chosen = []
+            for name in names:
+                hit = next(
+                    (r for r in fresh if name in (r.id, str(r.index)) or (r.kind == "cpu" and name == "cpu")), None
+                )
+                if hit is None:
+                    return missing_device(spec, name, fresh)
+                chosen.append(hit)
+            return [tuple(chosen)]
+        case count:
+            number = count or 1
+            whole = [r for r in fresh if r.kind != "mig"] if number > 1 else fresh
+            if len(whole) < number:
+                return missing_device(spec, f"{number} GPUs", fresh)
+            if number > 1 and any(r.kind == "cpu" for r in whole):
+                return missing_device(spec, f"{number} GPUs", fresh)
+            # Equal cards first: a tensor-parallel set runs at the pace of its smallest.
+            return list(itertools.combinations(sorted(whole, key=lambda r: (-r.total, r.index or 0)), number))[:64]
+
+
+def missing_device(spec: ModelSpec, name: str, seen: Sequence[DeviceReading]) -> Cause:
+    have = ", ".join(f"{device_label(r)} {r.id}" if r.kind != "cpu" else "cpu" for r in seen)
+    return Cause(
+        "device-missing",
+        f"cannot start {spec.name}: {name} is not present (seen: {have})",
+        "device missing",
+        (Remedy(f'set models.{spec.name}.gpus to what is there, or "auto"'),),
+        heals=False,
+    )
+
+
+def try_devices(
+    world: World, inst: Instance, spec: ModelSpec, devices: tuple[DeviceReading, ...]
+) -> Placed | Blocked | Cause:
+    """Whether `spec` fits on exactly these devices."""
+    assert inst.found is not None
+    key = learned_key(spec, inst.found, devices[0].kind, len(devices))
+    accounts = [world.ledger.account(d.id) for d in devices]
+    tight = min(accounts, key=lambda a: a.left)
+    need = estimate(spec, inst.found, tight.reading, world.learned.get(key), len(devices), tight.budget)
+    if isinstance(need, Cause):
+        return need
+    for account in accounts:
+        if need.total > account.budget:
+            return never_fits(spec, need, account)
+    if need.total > tight.left:
+        return Blocked(no_room(world, spec, need, tight), tuple(d.id for d in devices), need.total)
+    return Placed(devices, need)
+
+
+def never_fits(spec: ModelSpec, need: Need, account: Account) -> Cause:
+    """It needs more than the whole budget."""
+    parts = " + ".join(f"{label} {gib(size)}" for label, size in need.parts)
+    return Cause(
+        "too-big",
+        f"cannot start {spec.name}: needs {gib(need.total)} ({parts}), the whole budget of {account.label} is {gib(account.budget)}",
+        f"needs {gib(need.total)}",
+        (Remedy("lower vram, kv_cache or max_model_len, raise devices.*.limit, or use more GPUs"),),
+        heals=False,
+    )
+
+
+def no_room(world: World, spec: ModelSpec, need: Need, account: Account) -> Cause:
+    """The whole sum, and what would help."""
+    others = [i for i in account.promised if world.instances[i].state in (State.READY, State.STARTING, State.BACKOFF)]
+    stops = smallest_release(account, need.total, others)
+    help_ = f"stop {', '.join(stops)}, or lower kv_cache" if stops else "lower vram or kv_cache, or free memory"
+    remedies = [Remedy(f"vllmctl stop {' '.join(stops)}")] if stops else []
+    remedies.append(Remedy(f"lower models.{spec.name}.kv_cache or max_model_len"))
+    return Cause(
+        "no-room",
+        f"cannot start {spec.name}: needs {gib(need.total)} on {account.label}, "
+        f"{gib_of(max(0, account.left), account.budget)} left: {takers(account)} ({help_})",
+        f"no room for {gib(need.total)}",
+        tuple(remedies),
+    )
+
+
+def neighbours_moving(world: World, inst: Instance, place: Placed) -> set[str]:
+    """Who must finish first on these devices: a measuring start excludes every other move, and itself waits for all."""
+    ids = {d.id for d in place.devices}
+    measures = will_measure(place)
+    busy = set()
+    for other in world.instances.values():
+        if other is inst or not ids & set(other.devices):
+            continue
+        moving = other.state in (State.STARTING, State.DRAINING, State.STOPPING) and not other.drain_held
+        if other.measuring or (measures and moving):
+            busy.add(other.id)
+    return busy
+
+
+def will_measure(place: Placed) -> bool:
+    """vLLM reads device-wide free memory on a GPU unless its KV cache is pinned; its CPU worker reads its own RSS."""
+    return not place.need.pinned and any(d.kind != "cpu" for d in place.devices)
+
+
+def admit(world: World, inst: Instance, place: Placed, now: float) -> None:
+    """Reserve and spawn."""
+    assert inst.found is not None
+    devices = tuple(d.id for d in place.devices)
+    world.ledger.hold(inst.id, dict.fromkeys(devices, place.need.total))
+    inst.need, inst.devices = place.need, devices
+    inst.key = learned_key(inst.spec, inst.found, place.devices[0].kind, len(devices))
+    inst.launch = launch(inst.spec, inst.id, inst.attempt, place.need, inst.found, place.devices, world.places)
+    inst.measuring = will_measure(place)
+    reset_start(inst, now)
+    world.answer(inst, 202, f"{inst.id}: starting")
+    world.move(
+        inst, Move.ADMIT, now, f"{gib(place.need.total)} reserved on {', '.join(map(device_label, place.devices))}"
+    )
+    inst.deadline = now + inst.spec.start_stall
+    world.emit(Spawn(inst.id, inst.attempt, inst.spec.name, inst.launch))
+
+
+def reset_start(inst: Instance, now: float) -> None:
+    """Forget everything about earlier attempts that this one must earn anew."""
+    inst.started, inst.heard, inst.phase_since = now, now, now
+    inst.phase, inst.phase_fraction, inst.phase_note, inst.phases = None, None, "", {}
+    inst.figures, inst.learned, inst.peak, inst.over_since = Figures(), False, {}, None
+    inst.pid, inst.pids, inst.ready_at, inst.canary_out = None, (), None, False
+    inst.running, inst.waiting, inst.tokens, inst.tokens_per_s = 0, 0, 0.0, 0.0
+    inst.crashed, inst.gone, inst.verdict, inst.drain_held, inst.leak = False, False, None, False, ""
+    inst.disturbed = False
+    inst.waits_for, inst.waiting_text = (), ""
+
+
+def alive(inst: Instance, now: float) -> None:
+    """A sign of life: the stall clock starts anew."""
+    if inst.state is State.STARTING:
+        inst.heard = now
+        inst.deadline = now + inst.spec.start_stall
+
+
+def progressed(inst: Instance, event: Progress, now: float) -> None:
+    """The start got on. Phases only go forward: a late line of an earlier one is a sign of life and nothing more."""
+    if inst.state is not State.STARTING:
+        return
+    alive(inst, now)
+    order = list(type(event.phase))
+    if inst.phase is not None and order.index(event.phase) < order.index(inst.phase):
+        return
+    if event.phase is not inst.phase:
+        close_phase(inst, now)
+        inst.phase, inst.phase_since = event.phase, now
+    inst.phase_fraction, inst.phase_note = event.fraction, event.note
+
+
+def close_phase(inst: Instance, now: float) -> None:
+    """Book the time of the phase that ends."""
+    if inst.phase is not None:
+        inst.phases[inst.phase] = inst.phases.get(inst.phase, 0.0) + now - inst.phase_since
+
+
+def printed(world: World, inst: Instance, event: Printed, now: float) -> None:
+    """Numbers from the log; the measuring window may open."""
+    if inst.state is not State.STARTING:
+        return
+    alive(inst, now)
+    known = {name: value for name in Figures.__slots__ if (value := getattr(event.figures, name)) is not None}
+    inst.figures = replace(inst.figures, **known)
+    if event.measured and inst.measuring:
+        inst.measuring = False
+        world.note("window", "its memory is measured: others may move on its devices", inst, "debug")
+
+
+def usual(world: World, inst: Instance) -> float | None:
+    """Seconds that a start of this kind took so far, or None."""
+    learned = world.learned.get(inst.key)
+    return learned.total if learned and learned.total else None
+
+
+def ready_text(world: World, inst: Instance, took: float) -> str:
+    """ "after 61 s (usually 58 s)"."""
+    known = usual(world, inst)
+    return f"after {span(took)}" + (f" (usually {span(known)})" if known else "")
+
+
+def phase_weights(world: World, inst: Instance) -> Mapping[str, float]:
+    """Past seconds by phase, for the overall bar."""
+    learned = world.learned.get(inst.key)
+    return learned.phases if learned else {}

@@ -1,0 +1,201 @@
+"""The way down: drain, end, settle, and what follows: rest, retry, again or give up.
+
+`end` is the one door out of every live state. It kills the whole tree, whatever the reason; only when nothing of it is
+left and the memory is back does the instance move on.
+"""
+
+from dataclasses import replace
+
+from vllmd.core.policy import backoff, recent
+from vllmd.core.starts import pump, set_cause, want
+from vllmd.core.states import Move, State
+from vllmd.core.world import Instance, World
+from vllmd.events import Broken, Gone, KillTree, ReadDevices, Terminate
+from vllmd.spec import Cause, Remedy
+from vllmd.units import MIB, gib, span
+
+KILL_AGAIN = 15.0  # seconds until a kill that reported nothing is repeated
+SETTLE_LIMIT = 60.0  # seconds that memory may take to come back before it counts as leaked
+SETTLED = 256 * MIB  # how exactly a device must return to what others used before the start
+HOLD_LIMIT = 600.0  # seconds that a drain waits for a neighbour that measures
+
+
+def stop(world: World, inst: Instance, now: float, *, at_once: bool = False) -> tuple[int, str]:
+    """The instance is not wanted any more. The status and sentence to answer with."""
+    inst.wanted = False
+    match inst.state:
+        case State.STOPPED:
+            return 200, f"{inst.id} is stopped already"
+        case State.WAITING:
+            world.answer(inst, 409, f"{inst.id} was stopped while it waited to start")
+            inst.cause = None
+            world.move(inst, Move.CANCEL, now, "stopped while waiting")
+        case State.BACKOFF | State.FAILED:
+            inst.cause = None
+            inst.failures.clear()
+            world.move(inst, Move.CANCEL, now, "stopped")
+        case State.STARTING:
+            # SIGTERM during a start is swallowed or deadlocks, depending on the phase: only the kill is sure.
+            end(world, inst, now, "stopped while starting")
+        case State.READY if at_once:
+            end(world, inst, now, "stopped at once")
+        case State.READY:
+            drain(world, inst, now, "stop")
+        case State.DRAINING if at_once:
+            end(world, inst, now, "drain cut short")
+        case State.DRAINING | State.STOPPING:
+            return 202, f"{inst.id} is stopping already"
+    return 202, f"{inst.id}: {inst.state}"
+
+
+def drain(world: World, inst: Instance, now: float, why: str) -> None:
+    """Let the engine finish what it has; held back while a neighbour measures."""
+    world.move(inst, Move.DRAIN, now, why)
+    inst.drain_held = any(
+        other.measuring and other is not inst and set(other.devices) & set(inst.devices)
+        for other in world.instances.values()
+    )
+    if inst.drain_held and not world.closing:
+        inst.deadline = now + HOLD_LIMIT
+        world.note("window", "its stop waits until a neighbour has measured its memory", inst)
+    else:
+        terminate(world, inst, now)
+
+
+def terminate(world: World, inst: Instance, now: float) -> None:
+    """SIGTERM to the leader, and a limit: once vLLM's own drain limit cut it off, its API server may hang for ever."""
+    inst.drain_held = False
+    inst.deadline = now + inst.spec.drain + inst.spec.stop_timeout
+    world.emit(Terminate(inst.id, inst.attempt))
+
+
+def release_drains(world: World, now: float) -> None:
+    """The held drains whose neighbours have measured."""
+    for inst in world.instances.values():
+        if inst.state is State.DRAINING and inst.drain_held:
+            if not any(o.measuring and set(o.devices) & set(inst.devices) for o in world.instances.values()):
+                terminate(world, inst, now)
+
+
+def broken(world: World, inst: Instance, event: Broken, now: float) -> None:
+    """A process ended that nobody asked to end: a crash, whatever its code (vLLM exits 0 when its engine dies)."""
+    match inst.state:
+        case State.STARTING | State.READY:
+            inst.crashed, inst.broke_at = True, now
+            end(world, inst, now, event.what, crashed=True)
+        case State.DRAINING if event.status is not None or inst.drain_held:
+            end(world, inst, now, "drained")
+
+
+def end(
+    world: World, inst: Instance, now: float, text: str, *, crashed: bool = False, verdict: Cause | None = None
+) -> None:
+    """Kill the tree, for whatever reason. `verdict` is the cause when vllmd itself decided (hang, stall, overrun)."""
+    inst.crashed = crashed
+    if crashed and verdict is not None:
+        inst.broke_at = now
+    if crashed or verdict is not None:
+        inst.verdict = verdict
+    inst.measuring = False
+    inst.gone = False
+    readings = world.ledger.readings
+    inst.outside = {device: readings[device].external for device in inst.devices if device in readings}
+    for other in world.instances.values():
+        other.disturbed |= other.measuring and bool(set(other.devices) & set(inst.devices))
+    world.move(inst, Move.END, now, text)
+    inst.deadline = now + KILL_AGAIN
+    world.emit(KillTree(inst.id, inst.attempt, crashed))
+    release_drains(world, now)
+
+
+def gone(world: World, inst: Instance, event: Gone, now: float) -> None:
+    """Nothing of the tree is left (or what is left cannot be killed): wait for the memory."""
+    if inst.state is not State.STOPPING or inst.gone:
+        return
+    inst.gone = True
+    inst.pids = event.pids_left
+    if event.pids_left:
+        inst.leak = f"processes {', '.join(map(str, event.pids_left))} cannot be killed"
+        world.note("leak", inst.leak, inst, "error")
+    if inst.crashed and inst.verdict is None:
+        inst.verdict = event.cause
+    inst.deadline = now + SETTLE_LIMIT
+    if settled(world, inst):
+        finish(world, inst, now)
+    else:
+        world.emit(ReadDevices())
+
+
+def settled(world: World, inst: Instance) -> bool:
+    """Whether the memory is back. On "cpu" it is once the processes are gone: the kernel frees first, then reports the
+    exit. A GPU's driver may take longer: what others use must have returned to what it was before the start."""
+    for device in inst.devices:
+        reading = world.ledger.readings.get(device)
+        if reading is None or reading.kind == "cpu":
+            continue
+        if world.seen.get(device, 0.0) < inst.since or reading.instances.get(inst.id, 0):
+            return False
+        if reading.external > inst.outside.get(device, reading.external) + SETTLED:
+            return False
+    return True
+
+
+def still_settling(world: World) -> bool:
+    """Whether somebody waits for memory: devices are then read often."""
+    return any(i.state is State.STOPPING and i.gone for i in world.instances.values())
+
+
+def give_up_settling(world: World, inst: Instance, now: float) -> None:
+    """The memory did not come back: say who holds it. From now on it counts as external, so nothing is overcommitted."""
+    holders = [
+        f"{holder.name}[{holder.pid}] {gib(holder.used)}"
+        for device in inst.devices
+        for holder in world.ledger.readings[device].processes
+        if device in world.ledger.readings
+    ]
+    inst.leak = f"memory did not come back within {span(SETTLE_LIMIT)}"
+    world.note(
+        "leak", f"{inst.leak}: leak suspected, held by {', '.join(holders) or 'no visible process'}", inst, "error"
+    )
+    world.count("leaks")
+    finish(world, inst, now)
+
+
+def finish(world: World, inst: Instance, now: float) -> None:
+    """Ended and settled: rest, again, retry or give up."""
+    inst.pid, inst.pids, inst.ready_at, inst.launch = None, inst.pids if inst.leak else (), None, None
+    if inst.crashed:
+        after_crash(world, inst, now)
+    elif inst.wanted and not world.closing:
+        want(world, inst, now, patient=True, spec=world.settings.models.get(inst.spec.name), move=Move.AGAIN)
+    else:
+        inst.cause = inst.verdict
+        world.move(inst, Move.REST, now)
+    pump(world, now)
+
+
+def after_crash(world: World, inst: Instance, now: float) -> None:
+    """Restart policy: never what cannot heal, never more than `max_failures` in the window, else after a backoff."""
+    rule = inst.spec.restart
+    cause = inst.verdict or Cause("crashed", f"{inst.id} ended and left no reason in its log", "crashed")
+    set_cause(world, inst, cause, now)
+    world.count(f"crashes:{cause.kind}")
+    if not inst.wanted or world.closing:
+        world.move(inst, Move.REST, now, cause.text)
+        return
+    if not cause.heals:
+        world.move(inst, Move.GIVE_UP, now, f"{cause.text} (not retried: trying again cannot help)")
+        return
+    inst.failures = [*recent(inst.failures, rule, now), inst.broke_at]
+    if len(inst.failures) >= rule.max_failures:
+        loop = f"failed {len(inst.failures)} times in {span(rule.window)}, the last time: {cause.text}"
+        remedies = (*cause.remedies, Remedy(f"vllmctl logs --failed {inst.id}"))
+        set_cause(world, inst, replace(cause, text=loop, remedies=remedies[:2]), now)
+        world.move(inst, Move.GIVE_UP, now, loop)
+        return
+    pause = backoff(rule, len(inst.failures), f"{inst.id}:{inst.attempt}")
+    wait = max(0.0, inst.broke_at + pause - now)
+    world.move(
+        inst, Move.RETRY, now, f"{cause.text}; start {len(inst.failures) + 1} of {rule.max_failures} in {span(wait)}"
+    )
+    inst.deadline = inst.broke_at + pause

@@ -1,0 +1,144 @@
+"""What each state says: one sentence, and at most 24 characters for a table. Every surface shows these."""
+
+from dataclasses import dataclass
+
+from vllmd.core.ledger import device_label
+from vllmd.core.states import State
+from vllmd.core.world import Instance, World
+from vllmd.events import Phase
+from vllmd.spec import Remedy
+from vllmd.units import gib, span
+
+#: Long and short word for each phase. "importing vLLM" has a name: it takes 15 to 75 s.
+PHASES = {
+    None: ("starting the process", "starting"),
+    Phase.IMPORT: ("importing vLLM", "importing"),
+    Phase.DOWNLOAD: ("downloading", "download"),
+    Phase.LOAD: ("loading weights", "weights"),
+    Phase.MEASURE: ("measuring memory", "measuring"),
+    Phase.COMPILE: ("compiling", "compiling"),
+    Phase.GRAPHS: ("capturing graphs", "graphs"),
+    Phase.HTTP: ("opening the port", "opening port"),
+}
+QUIET = 30.0  # seconds without a sign of life before a start says so
+
+
+@dataclass(frozen=True, slots=True)
+class Why:
+    """The sentence of an instance's state, as every surface shows it."""
+
+    kind: str
+    text: str
+    short: str
+    remedies: tuple[Remedy, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """How far a start is: `overall` 0..0.99 of the whole by past phase times, `left` seconds; None without a past."""
+
+    overall: float | None
+    left: float | None
+    usual: float | None
+
+
+def outlook(world: World, inst: Instance, now: float) -> Outlook:
+    """Finished phases count with what they usually take, the current one never with all of it: it cannot go back."""
+    learned = world.learned.get(inst.key)
+    if learned is None or not learned.total or inst.state is not State.STARTING:
+        return Outlook(None, None, learned.total if learned and learned.total else None)
+    order = list(Phase)
+    here = order.index(inst.phase) if inst.phase else -1
+    known = {Phase(name): seconds for name, seconds in learned.phases.items()}
+    lead = max(0.0, learned.total - sum(known.values()))  # before the first line of the log
+    before = lead + sum(seconds for phase, seconds in known.items() if order.index(phase) < here) if here >= 0 else 0.0
+    current = known.get(inst.phase, 0.0) if inst.phase else lead
+    spent = now - inst.phase_since
+    done = before + min(spent, 0.95 * current)
+    left = max(0.0, learned.total - before - min(spent, current))
+    return Outlook(min(0.99, done / learned.total), left, learned.total)
+
+
+def explain(world: World, inst: Instance, now: float) -> Why:
+    """The sentence and the short form for the instance's state."""
+    cause = inst.cause
+    match inst.state:
+        case State.WAITING:
+            return Why("waiting", inst.waiting_text, wait_short(world, inst))
+        case State.STARTING:
+            return starting(world, inst, now)
+        case State.READY:
+            return ready(world, inst)
+        case State.DRAINING:
+            return draining(inst, now)
+        case State.STOPPING:
+            text = inst.leak or ("waiting for its memory to come back" if inst.gone else "ending its processes")
+            return Why("stopping", text, "memory coming back" if inst.gone else "ending")
+        case State.BACKOFF:
+            pause = f"start {len(inst.failures) + 1} of {inst.spec.restart.max_failures} in {span(left(inst, now))}"
+            said = f" ({cause.text})" if cause else ""
+            text = f"crashed {span(now - inst.broke_at)} ago{said}; {pause}"
+            return Why(cause.kind if cause else "crashed", text, pause, cause.remedies if cause else ())
+        case _ if cause:
+            return Why(cause.kind, cause.text, cause.short, cause.remedies)
+    return Why("", "", "")
+
+
+def left(inst: Instance, now: float) -> float:
+    """Seconds until the instance's deadline."""
+    return max(0.0, (inst.deadline or now) - now)
+
+
+def wait_short(world: World, inst: Instance) -> str:
+    if inst.inspecting:
+        return "checking"
+    names = ", ".join(inst.waits_for)
+    if any(world.instances[name].measuring for name in inst.waits_for if name in world.instances):
+        return f"{names} measures"[:24]
+    return (f"{names} stops" if names else "for memory")[:24]
+
+
+def starting(world: World, inst: Instance, now: float) -> Why:
+    """Phase, its own figure, time so far, and one of: time left, first start, longer than usual, no sign of life."""
+    word, brief = PHASES[inst.phase]
+    figure = inst.phase_note or (
+        f"{inst.phase_fraction:.0%}".replace("%", " %") if inst.phase_fraction is not None else ""
+    )
+    so_far = now - inst.started
+    view = outlook(world, inst, now)
+    quiet = now - inst.heard
+    if quiet >= QUIET:
+        rest = f"no sign of life for {span(quiet)}, given up at {span(inst.spec.start_stall)}"
+        tail = f"silent {span(quiet)}"
+    elif view.usual is None:
+        rest, tail = "first start, no estimate yet", span(so_far)
+    elif so_far > view.usual:
+        rest, tail = f"{span(so_far - view.usual)} longer than usual", f"{span(so_far - view.usual)} late"
+    else:
+        rest, tail = f"about {span(view.left or 0)} left", f"{span(view.left or 0)} left"
+    text = f"{word} {figure}".rstrip() + f" · {span(so_far)} so far · {rest}"
+    short = f"{brief} {figure}".rstrip() + f", {tail}"
+    if len(short) > 24:
+        short = f"{brief}, {tail}"
+    return Why("starting", text, short)
+
+
+def ready(world: World, inst: Instance) -> Why:
+    """Nothing, or a warning."""
+    promise = world.ledger.held.get(inst.id, {})
+    for device, size in promise.items():
+        over = world.ledger.readings[device].instances.get(inst.id, 0) - size
+        if inst.over_since is not None and over > 0:
+            on = device_label(world.ledger.readings[device])
+            text = f"uses {gib(over)} more than the {gib(size)} reserved on {on}"
+            return Why("overrun", text, f"{gib(over)} over", (Remedy(f"raise models.{inst.spec.name}.vram"),))
+    return Why("", inst.leak, "")
+
+
+def draining(inst: Instance, now: float) -> Why:
+    if inst.drain_held:
+        return Why("draining", "its stop waits until a neighbour has measured its memory", "waits for neighbour")
+    count = inst.running + inst.waiting
+    requests = f"{count} request{'s' if count != 1 else ''} left"
+    most = span(left(inst, now))
+    return Why("draining", f"{requests}, stops in at most {most}", f"{count} left, {most} at most")

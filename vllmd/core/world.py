@@ -1,0 +1,150 @@
+"""What the core knows: models, instances, promises. Plain data with the few verbs that keep it consistent.
+
+Only code under vllmd/core changes it, and only while `Core.handle` runs. `World.out` collects the commands of the event
+that is being handled.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from vllmd.core.launch import Places
+from vllmd.core.ledger import Ledger
+from vllmd.core.need import Need
+from vllmd.core.states import HOLDING, IllegalMove, Move, State, next_state
+from vllmd.events import Answer, Command, Figures, Inspection, Launch, Learned, Note, Phase
+from vllmd.spec import Cause, ModelSpec, Settings
+
+STORY_LENGTH = 200  # notes kept to be logged if the core ever raises
+
+
+@dataclass(slots=True)
+class Instance:
+    """One running (or wanted, or failed) engine of a model. Times are on the core's clock, sizes in bytes."""
+
+    id: str
+    spec: ModelSpec  # what it runs with; the model's newer one takes over at the next start
+    state: State = State.STOPPED
+    since: float = 0.0
+    deadline: float | None = None
+    attempt: int = 0
+    wanted: bool = False  # should be up: decides what follows an end
+    patient: bool = False  # nobody stands at the door: wait for memory instead of refusing
+    tickets: list[int] = field(default_factory=list)
+
+    # what preflight and placement found, for this attempt
+    inspecting: bool = False
+    found: Inspection | None = None
+    need: Need | None = None
+    devices: tuple[str, ...] = ()  # where it is, was last, or would go
+    key: str = ""  # under which its need is learned
+    launch: Launch | None = None
+    measuring: bool = False  # it reads device-wide free memory: nobody else may move there
+    waits_for: tuple[str, ...] = ()  # instances whose end or measuring it waits for
+    waiting_text: str = ""
+
+    # the start
+    started: float = 0.0
+    phase: Phase | None = None
+    phase_fraction: float | None = None
+    phase_note: str = ""
+    phase_since: float = 0.0
+    phases: dict[Phase, float] = field(default_factory=dict)  # seconds spent in finished phases
+    heard: float = 0.0  # last sign of life
+    figures: Figures = field(default_factory=Figures)
+    learned: bool = False  # this attempt has taught its need
+    disturbed: bool = False  # a neighbour died while it measured: its numbers teach nothing
+
+    # serving
+    pid: int | None = None
+    pids: tuple[int, ...] = ()
+    ready_at: float | None = None
+    proved: float = 0.0  # last time that the engine did something
+    canary_out: bool = False
+    canary_works: bool = True
+    running: int = 0
+    waiting: int = 0
+    tokens: float = 0.0
+    tokens_at: float = 0.0
+    tokens_per_s: float = 0.0
+    peak: dict[str, int] = field(default_factory=dict)  # most bytes seen in use, by device
+    over_since: float | None = None
+
+    # the end
+    crashed: bool = False
+    broke_at: float = 0.0
+    outside: dict[str, int] = field(default_factory=dict)  # what others used, by device, when its end began
+    drain_held: bool = False  # SIGTERM waits until a neighbour has measured
+    gone: bool = False
+    leak: str = ""
+    verdict: Cause | None = None  # why it is being ended, when vllmd itself decided so
+    cause: Cause | None = None  # why it is not as wanted; cleared by the next success
+    cause_at: float = 0.0
+    cause_memory: str = ""  # the memory sum at that moment
+    changed: tuple[str, ...] = ()  # what is not as at the last good start
+    failures: list[float] = field(default_factory=list)
+    restarts: int = 0  # since the daemon started
+
+
+@dataclass(slots=True)
+class World:
+    """All of it. `instances` is in configuration order."""
+
+    settings: Settings
+    places: Places
+    ledger: Ledger = field(default_factory=Ledger)
+    instances: dict[str, Instance] = field(default_factory=dict)
+    learned: dict[str, Learned] = field(default_factory=dict)
+    seen: dict[str, float] = field(default_factory=dict)  # device -> time of its last reading
+    good: dict[str, Mapping[str, str]] = field(default_factory=dict)  # model -> what its last good start ran with
+    trouble: str = ""  # of the devices
+    short_of: dict[str, bool] = field(default_factory=dict)  # device -> external growth has been noted
+    closing: bool = False
+    finished: bool = False
+    counters: dict[str, int] = field(default_factory=dict)  # "hangs", "overruns", "restarts:KIND", ...
+    out: list[Command] = field(default_factory=list)
+    story: deque[str] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
+
+    def emit(self, command: Command) -> None:
+        """Add a command to those of the current event."""
+        self.out.append(command)
+
+    def of(self, model: str) -> Iterator[Instance]:
+        """The instances of a model."""
+        return (inst for inst in self.instances.values() if inst.spec.name == model)
+
+    def move(self, inst: Instance, move: Move, now: float, text: str = "") -> None:
+        """Make a legal move and note it. Raises IllegalMove with the instance's story if the table has none."""
+        try:
+            state = next_state(inst.state, move)
+        except IllegalMove as error:
+            raise IllegalMove(f"{inst.id} (attempt {inst.attempt}): {error}") from None
+        old, inst.state, inst.since, inst.deadline = inst.state, state, now, None
+        if state not in HOLDING:
+            self.ledger.release(inst.id)
+        level = "warning" if state in (State.BACKOFF, State.FAILED) else "info"
+        self.note("state", f"{old} → {state}" + (f": {text}" if text else ""), inst, level)
+
+    def note(
+        self, kind: str, text: str, inst: Instance | None = None, level: str = "info", device: str | None = None
+    ) -> None:
+        """Tell the operator, and remember it for the story."""
+        who, attempt = (inst.id, inst.attempt) if inst else (None, None)
+        self.story.append(f"{who or device or 'vllmd'} {kind}: {text}")
+        self.emit(Note(kind, text, level, who, attempt, device))
+
+    def count(self, name: str) -> None:
+        """One more of something that metrics show."""
+        self.counters[name] = self.counters.get(name, 0) + 1
+
+    def answer(self, inst: Instance, status: int, message: str, cause: Cause | None = None) -> None:
+        """Answer everybody who waits for this instance's start to be decided; each exactly once."""
+        tickets, inst.tickets = inst.tickets, []
+        for ticket in tickets:
+            self.emit(reply(ticket, status, message, cause))
+
+
+def reply(ticket: int, status: int, message: str, cause: Cause | None = None) -> Answer:
+    """One answer, with the cause's remedies when there is one."""
+    remedies = tuple(remedy.text for remedy in cause.remedies) if cause else ()
+    return Answer(ticket, status, message, cause.kind if cause else "", remedies)

@@ -1,0 +1,138 @@
+"""What the HTTP edge needs of the daemon, as a Protocol: the daemon implements it, tests stub it with a dict.
+
+Everything that a listener shows or changes goes through here. What is readable at once is a plain method and must not
+block; what has to ask somebody is a coroutine, and may be cancelled when the client leaves: the wish itself goes on.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from vllmd.events import Answer
+
+type_of_status = {400: "invalid_request", 403: "forbidden", 404: "not_found", 408: "timeout", 409: "conflict"}
+
+
+class Access(StrEnum):
+    """Who may use a route. OPEN needs nothing at all, READ looks, ADMIN changes."""
+
+    OPEN = "open"
+    READ = "read"
+    ADMIN = "admin"
+
+
+class Verb(StrEnum):
+    """What can be asked of a model."""
+
+    START = "start"
+    STOP = "stop"
+    RESTART = "restart"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. `uid` and `pid` are the kernel's word on a unix socket (SO_PEERCRED), None on TCP."""
+
+    access: Access
+    peer: str  # "unix", or the TCP peer's address
+    uid: int | None = None
+    pid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tallies:
+    """Counts since the daemon started that the status does not hold. Seconds are those of the last good starts."""
+
+    restarts: Mapping[tuple[str, str], int] = field(default_factory=dict)  # (model, class of the cause) -> times
+    start_seconds: Mapping[tuple[str, str], float] = field(default_factory=dict)  # (model, phase | "total") -> seconds
+    hangs: Mapping[str, int] = field(default_factory=dict)  # model -> times
+    overruns: Mapping[str, int] = field(default_factory=dict)  # model -> times
+
+
+@dataclass(slots=True)
+class Refused(Exception):
+    """A request that is not followed. `status` as in HTTP, `code` short-with-dashes, `hint` says what to do instead."""
+
+    status: int
+    code: str
+    message: str
+    hint: str = ""
+    remedies: tuple[str, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        """The one shape of every error: {"error": {message, type, code, hint, remedies, data}}."""
+        kind = type_of_status.get(self.status) or ("unavailable" if self.status >= 500 else "invalid_request")
+        return {
+            "error": {
+                "message": self.message,
+                "type": "internal" if self.status == 500 else kind,
+                "code": self.code,
+                "hint": self.hint or "; ".join(self.remedies),
+                "remedies": list(self.remedies),
+                "data": dict(self.data),
+            }
+        }
+
+
+class LogReader(Protocol):
+    """A place in a model's log. Neither method raises for what the disk does."""
+
+    def read(self) -> Sequence[Mapping[str, Any]]:
+        """The lines since the last call, oldest first, at most 1 MiB of them; the first call gives the tail asked for.
+        Each is {"text"} and what else is known of it ("time", "level", "progress"). Does not wait."""
+
+    def close(self) -> None:
+        """Let go of the file."""
+
+
+class Backend(Protocol):
+    """The daemon, as its listeners see it."""
+
+    # -- look: at once, from memory
+
+    def ready(self) -> bool:
+        """Whether the configuration is read and events are handled."""
+
+    def status(self) -> dict[str, Any]:
+        """{"daemon", "devices", "models"} as docs/status.md; a fresh dict, but for daemon.access, which is set here."""
+
+    def model(self, name: str) -> dict[str, Any]:
+        """The whole of a configured model: its row of the status, spec (no secrets), argv, env, files, learned."""
+
+    def why(self, name: str) -> dict[str, Any]:
+        """Why a configured model is not as wanted, and what changed since it last was."""
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of the configuration."""
+
+    def tallies(self) -> Tallies:
+        """What is counted beside the status."""
+
+    def log(self, name: str, *, lines: int, since: float | None, failed: bool, previous: bool) -> LogReader:
+        """A configured model's log: its last `lines`, none older than `since` seconds, of this, the last failed or the
+        previous start. Raises Refused(404) if there is none."""
+
+    # -- act: the answer is known soon, the work takes as long as it takes
+
+    async def act(self, verb: Verb, names: Sequence[str], now: bool, caller: Caller) -> Mapping[str, Answer]:
+        """Ask it of configured models; one answer each. `now` skips the drain."""
+
+    async def reload(self, dry_run: bool, caller: Caller) -> Answer:
+        """Read the configuration again, or only say in `data` what that would do."""
+
+    async def validate(self, text: str) -> dict[str, Any]:
+        """{"ok", "problems", "warnings"} of a configuration given as TOML."""
+
+    async def plan(self, names: Sequence[str]) -> dict[str, Any]:
+        """Who fits with whom and with which flags; no names = all."""
+
+    # -- tell
+
+    def changed(self, caller: Caller, what: str, names: Sequence[str]) -> None:
+        """Somebody is about to change something: for the journal, with uid and pid."""
+
+    def fault(self, ident: str, where: str, error: BaseException) -> None:
+        """A handler raised what it should not have; the client was told `ident` only."""

@@ -1,0 +1,188 @@
+"""From a request to its answer: who asks, may they, what says the table; whatever goes wrong is one kind of JSON.
+
+A page of another site must neither read nor ask, although the browser that shows it runs on this machine: on TCP the
+Host header must name us (else a name of the attacker's points here: DNS rebinding), and Origin the same host. An
+address that is a literal cannot be rebound, so any is let through. What comes over the unix socket comes from no
+browser.
+"""
+
+import asyncio
+import ipaddress
+import os
+import secrets
+import socket
+import struct
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from aiohttp import web
+
+from vllmd.edge.backend import Access, Backend, Caller, Refused
+from vllmd.edge.params import Body, read_object, read_params, read_text
+from vllmd.edge.route import Call, Route, reply
+from vllmd.edge.routes import ROUTES, check_name
+from vllmd.edge.stream import EventLog
+
+HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+Words = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one client may cost. Times in seconds; `connections` on the socket and as many on TCP."""
+
+    connections: int = 500
+    request: float = 30.0  # until a request is complete; also how long a connection may idle
+    patience: float = 30.0  # without taking anything of what it is sent
+    goodbye: float = 0.4  # that a response in progress gets when the daemon ends
+
+
+class Gate:
+    """The one handler of a listener. `names` are the hosts that Host may name; None on the unix socket."""
+
+    def __init__(self, backend: Backend, events: EventLog, names: Collection[str] | None, limits: Limits) -> None:
+        self._backend = backend
+        self._events = events
+        self._names = None if names is None else frozenset(map(str.lower, names))
+        self._limits = limits
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer. Raises nothing but CancelledError: aiohttp would log a traceback for each client that leaves."""
+        response: web.StreamResponse
+        try:
+            response = await self._answer(request)
+        except Refused as refusal:
+            response = refuse(refusal)
+        except ConnectionError:
+            return cut(request)
+        except TimeoutError:
+            response = refuse(Refused(503, "busy", "the daemon did not answer in time", "try again"))
+        except Exception as error:
+            ident = secrets.token_hex(4)
+            self._backend.fault(ident, f"{request.method} {request.raw_path[:200]}", error)
+            if request.writer.output_size > 0:  # a stream has begun: there is no way to say it
+                return cut(request)
+            hint = f"the journal has the story: journalctl -u vllmd -g {ident}"
+            response = refuse(Refused(500, "internal", f"vllmd made an error ({ident})", hint, data={"id": ident}))
+        return await self._deliver(request, response)
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        self._check_host(request)
+        route, words = find(request)
+        caller = identify(request)
+        if route.access is Access.ADMIN and caller.access is not Access.ADMIN:
+            hint = "use vllmctl on this machine, or: curl --unix-socket SOCKET"
+            raise Refused(403, "read-only", f"{request.method} {route.path} is not allowed over TCP", hint)
+        text = await read_text(request, self._limits.request) if route.body is not Body.NONE else ""
+        body = read_object(text) if route.body is Body.JSON else {}
+        args = read_params(route.params, request.query, body)
+        name = check_name(words[0], self._backend.status()["models"]) if words else ""
+        call = Call(request, caller, self._backend, self._events, self._limits.patience, name, args, text)
+        return await route.handler(call)
+
+    def _check_host(self, request: web.BaseRequest) -> None:
+        """Raise Refused unless the request is meant for us."""
+        hosts = request.headers.getall("Host", [])
+        if self._names is not None:
+            if len(hosts) != 1:
+                raise Refused(400, "bad-host", "exactly one Host header is needed")
+            name = host_name(hosts[0])
+            if name not in self._names and not is_address(name):
+                hint = f"known names: {', '.join(sorted(self._names))}"
+                raise Refused(421, "bad-host", f'this is not "{hosts[0][:200]}"', hint)
+        origins = request.headers.getall("Origin", [])
+        if origins and request.method not in ("GET", "HEAD") and [origin_host(o) for o in origins] != hosts[:1]:
+            raise Refused(403, "bad-origin", "a page of another site must not ask this")
+
+    async def _deliver(self, request: web.BaseRequest, response: web.StreamResponse) -> web.StreamResponse:
+        """Send it here and not in aiohttp, which would wait for ever for a client that does not read."""
+        try:
+            async with asyncio.timeout(self._limits.patience):
+                if not response.prepared:
+                    response.headers.update(HEADERS)
+                    await response.prepare(request)
+                await response.write_eof()
+        except (ConnectionError, TimeoutError):
+            return cut(request)
+        return response
+
+
+def refuse(refusal: Refused) -> web.Response:
+    """A refusal as a response. The connection ends with it: an unread body may stand in the way of the next request."""
+    response = reply(refusal.body(), refusal.status, refusal.headers)
+    if refusal.status in (400, 408, 413, 421):
+        response.force_close()
+    return response
+
+
+def cut(request: web.BaseRequest) -> web.Response:
+    """End the connection; what is returned goes nowhere."""
+    if request.transport is not None:
+        request.transport.abort()
+    return web.Response()
+
+
+def identify(request: web.BaseRequest) -> Caller:
+    """Who is on the other end. Raises ConnectionError when nobody is, any more."""
+    transport = request.transport
+    peer = None if transport is None else transport.get_extra_info("socket")
+    if peer is None:
+        raise ConnectionResetError("the client is gone")
+    if peer.family != socket.AF_UNIX:
+        return Caller(Access.READ, str(request.remote or ""))
+    pid, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    # Only root, our own user and group vllmd get through the socket file's mode.
+    return Caller(Access.ADMIN, "unix", uid, pid)
+
+
+def host_name(host: str) -> str:
+    """The name in a Host header: without port, brackets and a dot at the end, in lower case."""
+    name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
+    return name.strip("[]").rstrip(".").lower()
+
+
+def is_address(name: str) -> bool:
+    """Whether it is an IP address in letters and not a name."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def origin_host(origin: str) -> str:
+    """The host and port of an Origin; "" when it has none ("null")."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
+
+
+def own_names(listen: Collection[str]) -> frozenset[str]:
+    """The names under which this machine may be asked, with those that it listens on."""
+    node = os.uname().nodename.lower()
+    return frozenset({"localhost", node, node.partition(".")[0], *map(str.lower, listen)}) - {""}
+
+
+def find(request: web.BaseRequest) -> tuple[Route, Words]:
+    """The route of a request and what stands for {name}. Raises Refused: 404 no such path, 405 no such method there."""
+    path = request.rel_url.raw_path
+    method = "GET" if request.method == "HEAD" else request.method
+    found = {route.method: (route, words) for route in ROUTES if (words := match(route.path, path)) is not None}
+    if method in found:
+        return found[method]
+    if not found:
+        raise Refused(404, "unknown-path", f"nothing is at {path[:200]}", "GET /api/v1/openapi.json lists all paths")
+    allowed = ", ".join(sorted(found))
+    message = f"{request.method[:40]} is not possible at {path[:200]}"
+    raise Refused(405, "unknown-method", message, f"possible: {allowed}", headers={"Allow": allowed})
+
+
+def match(pattern: str, path: str) -> Words | None:
+    """What `path` has in the places of `pattern` in braces; None when it does not fit."""
+    parts, given = pattern.split("/"), path.split("/")
+    if len(parts) != len(given) or any(p != g and not p.startswith("{") for p, g in zip(parts, given, strict=True)):
+        return None
+    return tuple(unquote(g) for p, g in zip(parts, given, strict=True) if p.startswith("{"))

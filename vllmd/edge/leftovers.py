@@ -1,0 +1,82 @@
+"""What an engine leaves behind when it is killed: shared memory, its scratch directory, its socket.
+
+Cleared with care, since /dev/shm is everybody's: only names that the parts of an engine give, only files that a
+process of the engine was seen to have, only when nobody has them any more.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import stat
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+SHM = Path("/dev/shm")
+# Python's shared memory and semaphores, torch, NCCL. Any other name (weights put there by hand) is not ours to remove.
+SHM_NAMES = ("psm_", "sem.mp-", "torch_", "nccl-", "cuda.shm.")
+
+
+def shared_files(pids: Iterable[int]) -> frozenset[Path]:
+    """The files of SHM_NAMES in /dev/shm that these processes have mapped or open. May block: not on the loop."""
+    return frozenset(
+        path for pid in pids for path in _mapped(pid) | _open_files(pid)
+        if path.parent == SHM and path.name.startswith(SHM_NAMES)
+    )  # fmt: skip
+
+
+def clear(files: Iterable[Path], scratch: str, endpoint: str) -> None:
+    """Remove those of `files` that nobody uses, the directory `scratch`, the socket of a unix: endpoint. May block."""
+    for path in files:
+        _unlink_unused(path)
+    if endpoint.startswith("unix:"):
+        _unlink_socket(Path(endpoint.removeprefix("unix:")))
+    if scratch and Path(scratch).is_dir():
+        # Renamed first: if removing takes too long and is left to itself, a new scratch of that name is safe from it.
+        doomed = Path(f"{scratch}.gone-{os.getpid()}-{threading.get_ident()}")
+        Path(scratch).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _unlink_socket(path: Path) -> None:
+    try:
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            path.unlink()
+    except OSError:
+        return
+
+
+def _unlink_unused(path: Path) -> None:
+    """Remove a file that nobody has open or mapped: only then the kernel grants a write lease (fcntl(2)), and asking
+    costs one call, where looking through everybody's maps costs a second."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        # Who opens the file meanwhile breaks the lease, which is told by SIGIO: deadly by default. SIGURG is not.
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        path.unlink()
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EINVAL, errno.ENOENT):
+            raise
+    finally:
+        os.close(fd)
+
+
+def _mapped(pid: int) -> frozenset[Path]:
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(Path(line.split(maxsplit=5)[5]) for line in lines if "/dev/shm/" in line)
+
+
+def _open_files(pid: int) -> frozenset[Path]:
+    try:
+        return frozenset(link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return frozenset()

@@ -1,0 +1,169 @@
+"""Becoming an engine, and hearing of its end.
+
+A child gets its own session, so that one number reaches all that does not run away; its output goes to a file, so that
+it outlives us; its environment was chosen, not inherited. Its end is told by a pidfd in the loop: no polling, no
+SIGCHLD. The exit status is read without reaping: as long as the zombie stands, its pid, and so the number of its group
+and session, cannot be given to a stranger. kill_tree reaps it, when nothing is left.
+"""
+
+import asyncio
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vllmd.edge.procfs import Member, open_pidfd, read_stat, reap
+from vllmd.edge.tree import COOKIE
+from vllmd.events import Launch
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+# What a model may take from the daemon's own environment; everything else comes from its `env`. Left out on purpose:
+# NOTIFY_SOCKET, WATCHDOG_*, LISTEN_*, CREDENTIALS_DIRECTORY (the daemon's ties to systemd), PYTHONPATH and VIRTUAL_ENV
+# (the daemon's Python, not the engine's), LD_PRELOAD and TMPDIR (meant for one program), VLLM_* (VLLM_PORT is an
+# internal base port, and a value like tcp://... from a container's service links aborts the start),
+# CUDA_VISIBLE_DEVICES (placement is ours).
+INHERITED = frozenset(
+    {
+        "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ",
+        "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME",
+        "CUDA_HOME", "CUDA_PATH", "LD_LIBRARY_PATH",  # where a driver or toolkit lives outside the usual places
+        "CC", "CXX", "CPATH", "LIBRARY_PATH",  # Triton and inductor compile at start
+        "HUGGING_FACE_HUB_TOKEN", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+        "http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY",
+    }
+)  # fmt: skip
+INHERITED_PREFIXES = ("LC_", "HF_", "TRANSFORMERS_", "NCCL_", "NVIDIA_")
+
+# argv stays the real one: the shell becomes it. A cgroup that cannot be entered costs accounting, not the start.
+_ENTER_CGROUP = 'echo 0 > "$0"; exec "$@"'
+
+
+@dataclass(slots=True, eq=False)
+class Child:
+    """An engine's leader. `cgroup` is its own directory, if it has one. Closed once, after kill_tree."""
+
+    leader: Member
+    pidfd: int
+    cookie: str
+    endpoint: str
+    scratch: str
+    cgroup: Path | None = None
+    status: int | None = None  # exit status once ended; None also for a process that is not our child
+    ended: bool = False
+    _end: "asyncio.Future[int | None] | None" = field(default=None, repr=False)
+
+    @property
+    def pid(self) -> int:
+        return self.leader.pid
+
+    async def wait(self) -> int | None:
+        """Returns when the leader has ended: its exit status (negative = signal), None when it is not our child."""
+        if self.ended:
+            return self.status
+        if self._end is None:
+            loop = asyncio.get_running_loop()
+            self._end = loop.create_future()
+            loop.add_reader(self.pidfd, self._on_end)
+        return await asyncio.shield(self._end)
+
+    def _on_end(self) -> None:
+        asyncio.get_running_loop().remove_reader(self.pidfd)
+        self.ended = True
+        if self.status is None:
+            self.status = reap(self.pidfd, keep=True)
+        if self._end is not None and not self._end.done():
+            self._end.set_result(self.status)
+
+    def terminate(self, signum: signal.Signals = signal.SIGTERM) -> bool:
+        """Signal the leader alone: vLLM drains by itself. False when it has ended."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, signum)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def reap(self) -> None:
+        """Free the number of an ended leader. `status` stays known."""
+        status = reap(self.pidfd)
+        if status is not None:
+            self.status, self.ended = status, True
+
+    def close(self) -> None:
+        """Reap the leader if it has ended and let go of it. May be called twice; `wait` is cancelled."""
+        if self.pidfd < 0:
+            return
+        if self._end is not None and not self._end.done():
+            asyncio.get_running_loop().remove_reader(self.pidfd)
+            self._end.cancel()
+        self.reap()
+        os.close(self.pidfd)
+        self.pidfd = -1
+
+
+def spawn(launch: Launch, *, log_fd: int, cwd: Path, cgroup: Path | None = None) -> Child:
+    """Start the engine; a few milliseconds, on the main thread. The caller keeps and closes `log_fd`.
+
+    Raises OSError when it cannot be executed (in a cgroup: exit status 126 or 127 of the shell that tries).
+    """
+    argv = list(launch.argv)
+    if cgroup is not None:
+        argv = ["/bin/sh", "-c", _ENTER_CGROUP, str(cgroup / "cgroup.procs"), *argv]
+    with _plain_signals():
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd, cwd=cwd,
+            env=environment(launch, os.environ), start_new_session=True, umask=0o077,
+        )  # fmt: skip
+    process.returncode = 0  # disown: Popen would reap it behind our back, and warn when it is collected
+    pidfd = os.pidfd_open(process.pid)  # not reaped, so the number is still its own
+    stat = read_stat(process.pid)
+    if stat is None:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
+        raise OSError(f"cannot watch pid {process.pid}: no /proc entry (is /proc mounted, and not with hidepid=2?)")
+    return Child(stat.member, pidfd, launch.cookie, launch.endpoint, launch.scratch, cgroup)
+
+
+def adopt(pid: int, start: int, launch: Launch, *, cgroup: Path | None = None) -> Child | None:
+    """An engine started by an earlier daemon; None when this very process is gone. Its exit status stays unknown."""
+    stat = read_stat(pid)
+    if stat is None or stat.member.start != start or (pidfd := open_pidfd(stat.member)) is None:
+        return None
+    return Child(stat.member, pidfd, launch.cookie, launch.endpoint, launch.scratch, cgroup)
+
+
+def environment(launch: Launch, own: Mapping[str, str]) -> dict[str, str]:
+    """The child's environment: what it may inherit of `own`, then the launch's, then the cookie."""
+    env = {k: v for k, v in own.items() if k in INHERITED or k.startswith(INHERITED_PREFIXES)}
+    # setproctitle, which vLLM uses, otherwise writes the title over the environment, and the cookie cannot be read.
+    env["SPT_NOENV"] = "1"
+    return env | dict(launch.env) | {COOKIE: launch.cookie}
+
+
+def become_subreaper() -> bool:
+    """Make orphans among our descendants our children, so that they can be reaped. False when the kernel refuses."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    return bool(libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+
+
+@contextmanager
+def _plain_signals() -> Iterator[None]:
+    """No signal blocked, none ignored, for what is forked inside.
+
+    A child keeps what we ignore and block. vLLM with SIGINT ignored (started by nohup, or by `&` in a script) cannot be
+    interrupted before it serves. A handler that does nothing counts as ignored here and as default after exec.
+    """
+    ignored = [s for s in signal.valid_signals() if signal.getsignal(s) is signal.SIG_IGN]
+    blocked = signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for signum in ignored:
+        signal.signal(signum, lambda *_: None)
+    try:
+        yield
+    finally:
+        for signum in ignored:
+            signal.signal(signum, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
