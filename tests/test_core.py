@@ -389,7 +389,7 @@ def test_an_idle_engine_is_asked_for_a_token_and_called_hung_when_it_does_not_an
     sim.pass_time(57)
     assert sim.state("a") is State.READY
     sim.pass_time(3)
-    assert sim.state("a") is State.STOPPING and sim.core.world.counters["hangs"] == 1
+    assert sim.state("a") is State.STOPPING and sim.core.world.counters["hangs", "a"] == 1
     sim.gone("a", HEALS)
     assert sim.inst("a").cause.kind == "hung"  # type: ignore[union-attr]
 

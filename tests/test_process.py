@@ -133,8 +133,15 @@ async def test_nothing_of_a_tree_is_left(start: Start, stranger: "subprocess.Pop
     assert await kill_tree(engine.child) == ()
     assert await engine.nobody_left()
     assert stranger.poll() is None
-    own = {s.member.pid for s in procfs.read_table().values() if s.ppid == os.getpid()} - {stranger.pid}
-    assert not own, "zombies left"
+
+
+async def test_a_killed_tree_leaves_no_zombies(start: Start, subreaper: None) -> None:
+    """Orphans become ours when their parents die, and are reaped, those that had died before included."""
+    engine = await (await start("child(engine); child(stubborn); child(runaway); stay()")).until_up()
+    os.kill(engine.child.pid, signal.SIGKILL)
+    await engine.child.wait()
+    await kill_tree(engine.child)
+    assert not [stat for stat in procfs.read_table().values() if stat.ppid == os.getpid()]
 
 
 async def test_what_left_without_a_mark_is_known_from_before(start: Start) -> None:
@@ -142,33 +149,35 @@ async def test_what_left_without_a_mark_is_known_from_before(start: Start) -> No
     code = """
 def bare(ready):
     os.setsid()
-    if os.fork(): signal.pause()
-    os.setsid()
+    middle = os.fork()
     ready()
-    os.execve(sys.executable, [sys.executable, "-I", "-S", "-c", "import signal, os; os.write(1, b'bare\\\\n'); signal.pause()"], {})
-middle = child(bare)
-sys.stdin = None
-say(middle); stay()
+    if middle: signal.pause()
+    os.setsid()
+    program = "import signal, os; os.write(1, b'bare '); signal.pause()"
+    os.execve(sys.executable, [sys.executable, "-I", "-S", "-c", program], {})
+say(child(bare)); stay()
 """
     engine = await start(code)
-    lines = {await engine.line() for _ in range(3)}
-    middle = int(next(iter(lines - {"bare", "up"})))
+    words = (await asyncio.wait_for(engine.reader.readuntil(b"bare "), LIMIT)).split()
+    middle = int(next(word for word in words if word.isdigit()))
     known = tree.fast_members(engine.child.leader)
     os.kill(middle, signal.SIGKILL)
     await wait_for(lambda: len(tree.fast_members(engine.child.leader)) == 1)
+    assert len(tree.fast_members(engine.child.leader, known)) == 2
     assert await kill_tree(engine.child, known) == ()
     assert await engine.nobody_left()
 
 
-async def test_a_process_that_forks_on_and_on_is_ended(start: Start) -> None:
-    """Looks are repeated until two in a row find none."""
+async def test_processes_that_are_replaced_are_ended(start: Start) -> None:
+    """Looks are repeated until two in a row find none: here keepers start a new child for each that is killed."""
     code = """
-def bomb(ready):
-    ready()
+def keeper(ready):
+    os.setsid(); ready()
     while True:
-        os.setsid() if os.getpid() != os.getsid(0) else None
-        if os.fork(): os._exit(0)
-child(bomb); stay()
+        if os.fork() == 0: os.setsid(); signal.pause()
+        os.wait()
+for _ in range(4): child(keeper)
+stay()
 """
     engine = await (await start(code)).until_up()
     assert await kill_tree(engine.child) == ()

@@ -51,7 +51,8 @@ def test_a_remembered_number_given_to_somebody_else_is_not_ours() -> None:
 def test_a_name_may_hold_anything() -> None:
     """The last parenthesis of /proc/PID/stat ends the name; a dead leader thread with others alive is not dead."""
     tail = "1 7 7 0 -1 0 0 0 0 0 0 0 0 0 20 0 {threads} 0 99 0"
-    assert procfs.parse_stat(f"7 (a) R (b) Z {tail.format(threads=3)}") == Stat(Member(7, "a) R (b", 99), 1, 7, 7, False)
+    living = Stat(Member(7, "a) R (b", 99), 1, 7, 7, dead=False)
+    assert procfs.parse_stat(f"7 (a) R (b) Z {tail.format(threads=3)}") == living
     assert procfs.parse_stat(f"7 (a) Z {tail.format(threads=1)}").dead
 
 
@@ -62,11 +63,10 @@ async def test_the_death_of_an_engine_process_is_told_once(start: Start, subreap
     """Not that of a compiler. The title counts even if it was given after the look."""
     code = """
 def late(ready):
-    ready()
     signal.signal(signal.SIGUSR1, lambda *_: (title("VLLM::Worker"), say("titled")))
+    ready()
     while True: signal.pause()
 say(child(lambda ready: ready()), child(engine), child(late))
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 stay()
 """
     engine = await start(code)

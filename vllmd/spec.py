@@ -111,6 +111,7 @@ class Settings:
     models: Mapping[str, ModelSpec] = field(default_factory=dict)  # in file order
     files: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = ()
+    secrets: frozenset[str] = frozenset()  # what ${...} put into `env`, whole values and parts: to be shown nowhere
 
 
 @dataclass(frozen=True, slots=True)

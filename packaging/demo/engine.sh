@@ -64,8 +64,8 @@ command -v "$python" >/dev/null ||
     die "cannot find $python (apt-get install python3 python3-venv, or PYTHON=/path/to/python)"
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 case $version in
-    3.1[123]) ;;
-    *) die "cannot use Python $version: vLLM and vllmd both run on 3.11, 3.12 and 3.13 (PYTHON=python3.12 engine.sh)" ;;
+    3.1[1-4]) ;;
+    *) die "cannot use Python $version: vLLM runs on 3.11 to 3.14 (PYTHON=python3.12 engine.sh)" ;;
 esac
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     die "cannot make a virtual environment: $python has no venv module (apt-get install python$version-venv)"

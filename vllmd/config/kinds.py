@@ -156,7 +156,7 @@ def whole(low: int, high: int, words: tuple[tuple[str, Any], ...] = ()) -> Kind:
             return meaning[value]
         if not isinstance(value, int) or isinstance(value, bool):
             digits = isinstance(value, str) and not isinstance(value, Substituted) and value.isdecimal()
-            raise bad(f"{quote(value)} is not {expects}", f"try {int(value[:19])}" if digits else "")
+            raise bad(f"{quote(value)} is not {expects}", f"try {int(str(value)[:19])}" if digits else "")
         return ranged(value, low, high, (str(low), str(high)))
 
     number: dict[str, Any] = {"type": "integer", "minimum": low, "maximum": high}
@@ -167,9 +167,10 @@ def read_vram(value: Any, _: Place) -> int | Share | None:
     """Bytes, a part of the device's budget, or None for "auto"."""
     if value == "auto":
         return None
-    percent = re.fullmatch(r"(\d{1,3}(?:\.\d{1,3})?)%", value, re.ASCII) if isinstance(value, str) else None
-    if percent or isinstance(value, float):
-        part = float(percent[1]) / 100 if percent else value
+    part = value
+    if isinstance(value, str) and re.fullmatch(r"\d{1,3}(\.\d{1,3})?%", value, re.ASCII):
+        part = float(value[:-1]) / 100
+    if isinstance(part, float):
         if not 0 < part <= 1:
             raise bad(f"{quote(value)} is not a part of the budget", 'from "1%" to "100%", or 0.01 to 1.0')
         return Share(part)

@@ -30,7 +30,7 @@ def word(pattern: re.Pattern[str], what: str) -> Callable[[Any], str]:
     return read
 
 
-def words(pattern: re.Pattern[str], what: str) -> Kind:
+def words(pattern: re.Pattern[str], what: str, expects: str) -> Kind:
     """A list of such strings, or a single one."""
 
     def read(value: Any, _: Place) -> tuple[str, ...]:
@@ -39,7 +39,7 @@ def words(pattern: re.Pattern[str], what: str) -> Kind:
         return (word(pattern, what)(value),)
 
     one = {"type": "string", "pattern": f"^({pattern.pattern}|{SUBSTITUTION})$"}
-    return Kind(f"a list of {what}s".replace("of a ", "of "), {"anyOf": [one, {"type": "array", "items": one}]}, read)
+    return Kind(expects, {"anyOf": [one, {"type": "array", "items": one}]}, read)
 
 
 def anchor(value: str, place: Place) -> Path:
@@ -144,8 +144,8 @@ STRING = Kind("a string", {"type": "string"}, lambda value, _: str(text(value)))
 PATH = Kind("a path", {"type": "string", "minLength": 1}, read_path)
 MODEL = Kind("a hub id (owner/name) or a path (./folder, /folder)", {"type": "string", "minLength": 1}, read_model)
 COMMAND = Kind("a command or a path", {"type": "string", "minLength": 1}, read_command)
-CATEGORIES = words(_CATEGORY, "a category in lower case")
-ALIASES = words(_ALIAS, "an alias")
+CATEGORIES = words(_CATEGORY, "a category in lower case", "a list of categories")
+ALIASES = words(_ALIAS, "an alias", "a list of names")
 ENVIRONMENT = Kind(
     "the name of an environment",
     {"type": "string", "pattern": MODEL_NAME.pattern},

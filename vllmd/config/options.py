@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from vllmd.config import engine, kinds, names
 from vllmd.config.kinds import Bad, Fault, Kind, Place, choice, duration, whole
-from vllmd.config.problems import Key, nearest, quote
+from vllmd.config.problems import nearest, quote
 
 
 class Section(StrEnum):
@@ -199,18 +199,6 @@ def default_of(option: Option) -> Any:
     """The default, typed as `read` gives it; None where there is none."""
     anywhere = Place(kinds.ROOT, kinds.ROOT)
     return None if option.default is None else option.kind.read(option.default, anywhere)
-
-
-def where(path: Key) -> Section | None:
-    """The section that the table at `path` belongs to."""
-    match path:
-        case ("daemon" | "http" as name,):
-            return Section(name)
-        case ("devices" | "models" as name, str()):
-            return Section(name)
-        case ("defaults",):
-            return Section.MODELS
-    return None
 
 
 if __name__ == "__main__":

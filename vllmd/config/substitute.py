@@ -1,7 +1,7 @@
 """${env:NAME} and ${credential:NAME}, the only substitutions, in string values.
 
-A credential is a file of that name in systemd's $CREDENTIALS_DIRECTORY. It may stand in `env` tables only: everything else
-ends in a command line, a log or a status. What is substituted in an `env` table counts as secret.
+A credential is a file of that name in systemd's $CREDENTIALS_DIRECTORY. It may stand in `env` tables only: anything
+else ends in a command line, a log or a status. What is substituted in an `env` table counts as secret.
 """
 
 import re
@@ -62,7 +62,7 @@ class Filler:
             hint = "only ${env:NAME} and ${credential:NAME} are substituted"
             raise Bad(Fault(f"{quote(match[0])} is not a substitution", hint))
         if not secret:
-            raise Bad(Fault(f"{quote(match[0])} would be seen by others", "a credential can stand in an env table only"))
+            raise Bad(Fault(f"{quote(match[0])} would be seen by others", "credentials go into an env table"))
         return self.credential(name)
 
     def credential(self, name: str) -> str:

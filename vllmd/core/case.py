@@ -26,8 +26,9 @@ SLACK = 256 * MIB
 NCCL = 300 * MIB
 #: Captured CUDA graphs of the default sizes.
 GRAPHS = 512 * MIB
-#: vLLM's CPU build without weights and KV cache: API server 422, engine 396, worker 470, tracker 5 MiB, measured.
-PROCESSES = 1300 * MIB
+#: vLLM's CPU build without weights and KV cache: API server 422, engine 396, worker 417, tracker 5 MiB of anonymous
+#: memory, 15 more after the first requests, and 53 of the worker's for compiled code; measured.
+PROCESSES, COMPILED = 1256 * MIB, 54 * MIB
 #: A C++ compiler below a worker that compiles its model, before the KV cache exists; measured 507 MiB.
 COMPILER = 600 * MIB
 #: CUDA's total is below NVML's by what the driver keeps: a share of it is worth that much less.
@@ -51,7 +52,7 @@ class Case:
     context: int | None
     kv_least: int | None
     kv_token: int | None
-    exact: bool  # kv_least is vLLM's own figure
+    kv_certain: int  # below this vLLM surely refuses; 0 = not known
 
     @property
     def cpu(self) -> bool:
@@ -72,7 +73,8 @@ class Case:
         """What no setting makes smaller: the parts that are certain."""
         if self.learned:
             return (("measured without KV cache", self.learned.base),)
-        return (("weights", self.weights), ("vLLM's processes", PROCESSES) if self.cpu else (OUTSIDE, CONTEXT + SLACK))
+        processes = PROCESSES + (COMPILED if compiles(self.spec) else 0)
+        return (("weights", self.weights), ("vLLM's processes", processes) if self.cpu else (OUTSIDE, CONTEXT + SLACK))
 
 
 def describe(
@@ -86,12 +88,14 @@ def describe(
         kv_dtype = "float32"
     hybrid = given(args, "disable-hybrid-kv-cache-manager") is not True
     block = given(args, "block-size")
-    block = block if isinstance(block, int) and block > 0 else 128 if reading.kind == "cpu" else 16
+    # The CPU build's block is 128 tokens; on a GPU the attention backend chooses 16 to 64.
+    block = block if isinstance(block, int) and block > 0 else 128 if reading.kind == "cpu" else 64
     least = None
     if context:
         batched = batch_size(spec, reading, context)
         least = kv_for(config, context, tp=gpus, kv_dtype=kv_dtype, batched=batched, block=block, hybrid=hybrid)
     shape = kv_shape(config, tp=gpus, kv_dtype=kv_dtype, hybrid=hybrid)
+    token = kv_bytes_per_token(config, tp=gpus, kv_dtype=kv_dtype)
     plain = not {"hf-overrides", "kv-transfer-config", "decode-context-parallel-size", "pipeline-parallel-size"} & {
         key.replace("_", "-") for key in args
     }
@@ -104,8 +108,8 @@ def describe(
         int(budget * spec.vram.part) if isinstance(spec.vram, Share) else spec.vram,
         context,
         least,
-        kv_bytes_per_token(config, tp=gpus, kv_dtype=kv_dtype),
-        shape is not None and shape.exact and plain,
+        token,
+        (context or 0) * (token or 0) if shape is not None and shape.exact and plain else 0,
     )
 
 
@@ -123,7 +127,7 @@ def loose_parts(case: Case, kv: int) -> Parts:
     return tuple(part for part in parts if part[1])
 
 
-def roomy_parts(case: Case) -> tuple[int, tuple[tuple[str, int], ...]]:
+def roomy_parts(case: Case) -> tuple[int, Parts]:
     """Everything that is needed when nobody says how much: the KV cache's size, and all parts."""
     kv = case.spec.kv_cache or case.kv_least or (case.learned.kv if case.learned else GUESS)
     parts = [*case.fixed, *loose_parts(case, kv), ("KV cache", kv)]

@@ -51,7 +51,7 @@ class Core:
             self.world.instances[spec.name] = Instance(spec.name, spec)
 
     def handle(self, event: Event | None, now: float) -> list[Command]:
-        """Everything that follows from one event (None: the timer fired) at `now`. The caller does the commands in order.
+        """All that follows from one event (None: the timer fired) at `now`. The caller does the commands in order.
 
         Raises IllegalMove on a bug; the caller logs `world.story` and exits.
         """
@@ -159,7 +159,6 @@ class Core:
                     world.emit(KillTree(inst.id, inst.attempt, inst.crashed))
                 case State.BACKOFF:
                     inst.restarts += 1
-                    world.count("restarts")
                     starts.want(world, inst, now, patient=True, spec=world.settings.models.get(inst.spec.name))
 
     def _boot(self, now: float) -> None:

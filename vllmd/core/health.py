@@ -105,7 +105,7 @@ def silent(world: World, inst: Instance, now: float) -> None:
         return
     seen = f"{inst.running} requests running, " if inst.running else ""
     text = f"{inst.id}: {seen}no token and no answer for {span(now - inst.proved)}: engine hung, restarting"
-    world.count("hangs")
+    world.count("hangs", inst.spec.name)
     world.note("hung", text, inst, "error")
     cause = Cause(
         "hung",
@@ -158,8 +158,8 @@ def devices_read(world: World, event: DevicesRead, now: float) -> None:
 
 
 def grew(inst: Instance, now: float, readings: dict[str, DeviceReading]) -> None:
-    """Keep the peak use. During a start growth is a sign of life; what is learned is the peak since it was ready: a cold
-    compile's children come and go, and a warm start has none."""
+    """Keep the peak use. During a start growth is a sign of life; what is learned is the peak since it was ready: a
+    cold compile's children come and go, and a warm start has none."""
     for device in inst.devices:
         used = readings[device].instances.get(inst.id, 0) if device in readings else 0
         if used > inst.peak.get(device, 0):
@@ -199,7 +199,7 @@ def check_overrun(world: World, inst: Instance, now: float) -> None:
         return
     if inst.over_since is None:
         inst.over_since = now
-        world.count("overruns")
+        world.count("overruns", inst.spec.name)
         world.note("overrun", f"uses {gib(over)} more than its {gib(max(promise.values()))}", inst, "warning")
     if now - inst.over_since < OVERRUN_AFTER or inst.spec.on_overrun is Overrun.WARN:
         return

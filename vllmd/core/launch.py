@@ -20,7 +20,7 @@ QUIET_PATHS = "/health,/metrics,/ping"
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Directories a launch may use. `hf_home` None = the engine's own default. `mark` tells our processes from others'."""
+    """Directories a launch may use. `hf_home` None = the engine's default; `mark` tells our processes from others'."""
 
     runtime: Path
     cache: Path

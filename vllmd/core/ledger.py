@@ -116,7 +116,7 @@ def memory_sum(account: Account) -> str:
 
 
 def smallest_release(account: Account, need: int, candidates: Iterable[str]) -> tuple[str, ...]:
-    """The fewest of `candidates` whose stopping makes room for `need` bytes, smallest sufficient first; () = none do."""
+    """The fewest of `candidates` whose stopping makes room for `need` bytes, smallest that suffice; () = none do."""
     missing = need - account.left
     parts = sorted((account.promised.get(who, 0), who) for who in candidates if account.promised.get(who, 0) > 0)
     alone = [who for size, who in parts if size >= missing]

@@ -47,7 +47,7 @@ def estimate(
     case = describe(spec, facts, reading, learned, gpus, reading.total if budget is None else budget)
     if case.vram is None and learned is None and facts.model.weights is None:
         return size_unknown(spec)
-    if spec.kv_cache and case.exact and case.context and case.kv_token and spec.kv_cache < case.context * case.kv_token:
+    if spec.kv_cache and spec.kv_cache < (case.kv_least or 0 if case.cpu and case.kv_certain else case.kv_certain):
         return kv_too_small(case, spec.kv_cache)
     need = roomy(case) if case.vram is None else within(case, case.vram)
     if isinstance(need, Need) and case.cpu and (need.kv or 0) + case.weights > reading.engine_total > 0:
@@ -64,7 +64,7 @@ def roomy(case: Case) -> Need | Cause:
 def within(case: Case, vram: int) -> Need | Cause:
     """`vram` is given: it is reserved, and the KV cache gets what the rest leaves."""
     hard = sum(size for _, size in case.fixed)
-    least = case.spec.kv_cache or (case.kv_least if case.exact and case.kv_least else MIB)
+    least = case.spec.kv_cache or case.kv_certain or MIB
     if hard + least > vram:
         return too_small(case, vram, least)
     kv = case.spec.kv_cache or max(least, kv_left(case, vram, hard))
@@ -109,13 +109,13 @@ def learned_key(spec: ModelSpec, facts: Inspection, kind: str, tp: int) -> str:
 def too_small(case: Case, vram: int, kv: int) -> Cause:
     """The operator's vram cannot hold even what is certain."""
     spec = case.spec
-    label = f"KV cache for {case.context} tokens" if case.exact and not spec.kv_cache else "KV cache"
+    label = f"KV cache for {case.context} tokens" if case.kv_certain and not spec.kv_cache else "KV cache"
     parts = [*case.fixed, (label, kv)]
     total = sum(size for _, size in parts)
     enough = max(total, sum(size for _, size in roomy_parts(case)[1]))
     remedies = [Remedy(f'models.{spec.name}.vram = "{-(-enough * 2 // GIB) / 2:g}GiB"')]
-    room = vram - total + kv
-    if spec.kv_cache is None and case.exact and case.kv_token and room // case.kv_token >= 512:
+    room = vram - total + kv - sum(size for _, size in loose_parts(case, COMPILER))
+    if spec.kv_cache is None and case.kv_certain and case.kv_token and room // case.kv_token >= 512:
         remedies.append(Remedy(f"models.{spec.name}.max_model_len = {room // case.kv_token // 256 * 256}"))
     sum_ = " + ".join(f"{label} {gib(size)}" for label, size in parts)
     return Cause(
@@ -129,14 +129,14 @@ def too_small(case: Case, vram: int, kv: int) -> Cause:
 
 def kv_too_small(case: Case, kv: int) -> Cause:
     """`kv_cache` cannot hold one request of the full length; vLLM would say so after half a minute."""
-    spec, token, context = case.spec, case.kv_token or 1, case.context or 0
-    fits = kv // token // 128 * 128
-    remedies = [Remedy(f'models.{spec.name}.kv_cache = "{-(-context * token // MIB)}MiB"')]
-    if fits:
+    spec, least = case.spec, case.kv_least or case.kv_certain
+    fits = kv // (case.kv_token or 1) // 128 * 128 - 128  # one block is always kept empty
+    remedies = [Remedy(f'models.{spec.name}.kv_cache = "{-(-least // MIB)}MiB"')]
+    if fits > 0:
         remedies.insert(0, Remedy(f"models.{spec.name}.max_model_len = {fits}"))
     return Cause(
         "kv-too-small",
-        f"cannot start {spec.name}: one request of {context} tokens needs {gib(context * token)} of KV cache,"
+        f"cannot start {spec.name}: one request of {case.context} tokens needs {gib(least)} of KV cache,"
         f" kv_cache is {gib(kv)}",
         "KV cache too small",
         tuple(remedies),

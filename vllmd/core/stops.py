@@ -72,9 +72,9 @@ def terminate(world: World, inst: Instance, now: float) -> None:
 def release_drains(world: World, now: float) -> None:
     """The held drains whose neighbours have measured."""
     for inst in world.instances.values():
-        if inst.state is State.DRAINING and inst.drain_held:
-            if not any(o.measuring and set(o.devices) & set(inst.devices) for o in world.instances.values()):
-                terminate(world, inst, now)
+        held = inst.state is State.DRAINING and inst.drain_held
+        if held and not any(o.measuring and set(o.devices) & set(inst.devices) for o in world.instances.values()):
+            terminate(world, inst, now)
 
 
 def broken(world: World, inst: Instance, event: Broken, now: float) -> None:
@@ -146,18 +146,14 @@ def still_settling(world: World) -> bool:
 
 
 def give_up_settling(world: World, inst: Instance, now: float) -> None:
-    """The memory did not come back: say who holds it. From now on it counts as external, so nothing is overcommitted."""
-    holders = [
-        f"{holder.name}[{holder.pid}] {gib(holder.used)}"
-        for device in inst.devices
-        for holder in world.ledger.readings[device].processes
-        if device in world.ledger.readings
-    ]
+    """The memory did not come back: say who holds it. From now on it counts as external: nothing is overcommitted."""
+    readings = [world.ledger.readings[device] for device in inst.devices if device in world.ledger.readings]
+    holders = [f"{h.name}[{h.pid}] {gib(h.used)}" for reading in readings for h in reading.processes]
     inst.leak = f"memory did not come back within {span(SETTLE_LIMIT)}"
     world.note(
         "leak", f"{inst.leak}: leak suspected, held by {', '.join(holders) or 'no visible process'}", inst, "error"
     )
-    world.count("leaks")
+    world.count("leaks", inst.spec.name)
     finish(world, inst, now)
 
 
@@ -179,7 +175,6 @@ def after_crash(world: World, inst: Instance, now: float) -> None:
     rule = inst.spec.restart
     cause = inst.verdict or Cause("crashed", f"{inst.id} ended and left no reason in its log", "crashed")
     set_cause(world, inst, cause, now)
-    world.count(f"crashes:{cause.kind}")
     if not inst.wanted or world.closing:
         world.move(inst, Move.REST, now, cause.text)
         return
@@ -199,3 +194,4 @@ def after_crash(world: World, inst: Instance, now: float) -> None:
         inst, Move.RETRY, now, f"{cause.text}; start {len(inst.failures) + 1} of {rule.max_failures} in {span(wait)}"
     )
     inst.deadline = inst.broke_at + pause
+    world.count("restarts", inst.spec.name, cause.kind)

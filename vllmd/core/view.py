@@ -6,13 +6,10 @@ All sums are made here, once. docs/status.md describes the fields; they are stab
 from collections.abc import Mapping
 from typing import Any
 
-from vllmd.core.launch import memory_flags
 from vllmd.core.ledger import Account, device_label
-from vllmd.core.starts import Blocked, Placed, find_place
 from vllmd.core.states import HOLDING, State
 from vllmd.core.words import Why, explain, outlook
 from vllmd.core.world import Instance, World
-from vllmd.spec import Cause
 
 Json = dict[str, Any]
 
@@ -136,32 +133,3 @@ def story(world: World, inst: Instance, now: float) -> Json:
         "memory": inst.cause_memory,
         "changed": list(inst.changed),
     }
-
-
-def plan_entry(world: World, inst: Instance) -> Json:
-    """Where an inspected instance would go now, with the flags it would get."""
-    outcome = find_place(world, inst)
-    entry: Json = {
-        "model": inst.spec.name,
-        "fits": False,
-        "devices": [],
-        "need": None,
-        "flags": [],
-        "parts": [],
-        "text": "",
-    }
-    match outcome:
-        case Placed():
-            entry |= {
-                "fits": True,
-                "devices": [device_label(d) for d in outcome.devices],
-                "need": outcome.need.total,
-                "measured": outcome.need.measured,
-                "flags": memory_flags(inst.spec, outcome.need),
-                "parts": [{"label": label, "size": size} for label, size in outcome.need.parts],
-            }
-        case Blocked():
-            entry |= {"need": outcome.need, "text": outcome.cause.text}
-        case Cause():
-            entry |= {"text": outcome.text}
-    return entry

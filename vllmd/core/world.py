@@ -101,7 +101,9 @@ class World:
     short_of: dict[str, bool] = field(default_factory=dict)  # device -> external growth has been noted
     closing: bool = False
     finished: bool = False
-    counters: dict[str, int] = field(default_factory=dict)  # "hangs", "overruns", "restarts:KIND", ...
+    counters: dict[tuple[str, ...], int] = field(
+        default_factory=dict
+    )  # ("hangs", model), ("restarts", model, kind), ...
     out: list[Command] = field(default_factory=list)
     story: deque[str] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
 
@@ -133,9 +135,9 @@ class World:
         self.story.append(f"{who or device or 'vllmd'} {kind}: {text}")
         self.emit(Note(kind, text, level, who, attempt, device))
 
-    def count(self, name: str) -> None:
+    def count(self, *what: str) -> None:
         """One more of something that metrics show."""
-        self.counters[name] = self.counters.get(name, 0) + 1
+        self.counters[what] = self.counters.get(what, 0) + 1
 
     def answer(self, inst: Instance, status: int, message: str, cause: Cause | None = None) -> None:
         """Answer everybody who waits for this instance's start to be decided; each exactly once."""

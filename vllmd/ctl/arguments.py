@@ -56,9 +56,16 @@ def event_id(text: str) -> str:
 
 SWITCH = "store_true"
 GLOBAL: Options = {
-    "--socket": {"metavar": "PATH", "help": "where vllmd listens (also VLLMD_SOCKET; else /run/vllmd.sock, or your own)"},
+    "--socket": {
+        "metavar": "PATH",
+        "help": "where vllmd listens (also VLLMD_SOCKET; else /run/vllmd.sock, or your own)",
+    },
     "--json": {"action": SWITCH, "help": "print JSON, sizes in bytes, times in seconds"},
-    "--color": {"choices": ("auto", "always", "never"), "default": "auto", "help": "tint the text (auto: on a terminal)"},
+    "--color": {
+        "choices": ("auto", "always", "never"),
+        "default": "auto",
+        "help": "tint the text (auto: on a terminal)",
+    },
 }
 CHOICE: Options = {
     "--category,-c": {"metavar": "NAME", "help": "all models of this category, such as ocr"},
@@ -122,13 +129,16 @@ COMMANDS: dict[str, Command] = {
     "events": Command(
         "logs:events",
         "print what happens, as it happens",
-        options={"--since-id": {"metavar": "ID", "type": event_id, "help": "begin after this event (an `id` of --json)"}},
+        options={"--since-id": {"metavar": "ID", "type": event_id, "help": "begin after this event (its `id`)"}},
     ),
     "completion": Command(
         "completion:run", "print a completion script for bash, zsh or fish", "SHELL",
         examples="source <(vllmctl completion bash)\nvllmctl completion fish > ~/.config/fish/completions/vllmctl.fish",
     ),
     "version": Command("status:version", "print the versions of vllmctl and vllmd"),
+    # for the completion scripts, which ask while somebody types
+    "_models": Command("completion:models", ""),
+    "_categories": Command("completion:categories", ""),
 }  # fmt: skip
 
 #: The predecessor's spellings.
@@ -165,7 +175,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if named[0] not in COMMANDS:
         from difflib import get_close_matches
 
-        near = get_close_matches(word, COMMANDS, 1)
+        near = get_close_matches(word, visible(), 1)
         _fail(f'no command "{word}"', f"vllmctl {near[0]}" if near else "vllmctl --help")
     args = build(named[0]).parse_args([*argv[:at], *named[1:], *argv[at + 1 :]])
     args.command = named[0]
@@ -178,7 +188,7 @@ def build(name: str) -> argparse.ArgumentParser:
     examples = "".join(f"\n  {line}" for line in command.examples.splitlines())
     parser = argparse.ArgumentParser(
         prog=f"vllmctl {name}",
-        description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+        description=f"{command.summary[:1].upper()}{command.summary[1:]}.",
         epilog=f"examples:{examples}" if examples else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -191,11 +201,24 @@ def build(name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def visible() -> dict[str, Command]:
+    """The commands for people."""
+    return {name: command for name, command in COMMANDS.items() if command.summary}
+
+
 def overview() -> str:
     """The text of `vllmctl --help`."""
-    lines = ["usage: vllmctl [--socket PATH] [--json] [--color WHEN] COMMAND ...", "", "Ask and tell vllmd.", "", "commands:"]
-    for name, command in COMMANDS.items():
-        operand = command.operand.replace("MODELS?", "[MODEL...]").replace("MODELS", "MODEL...").replace("FILE?", "[FILE]")
+    lines = [
+        "usage: vllmctl [--socket PATH] [--json] [--color WHEN] COMMAND ...",
+        "",
+        "Ask and tell vllmd.",
+        "",
+        "commands:",
+    ]
+    for name, command in visible().items():
+        operand = (
+            command.operand.replace("MODELS?", "[MODEL...]").replace("MODELS", "MODEL...").replace("FILE?", "[FILE]")
+        )
         lines.append(f"  {f'{name} {operand}'.rstrip():<21} {command.summary}")
     lines += ["", "options of every command:"]
     for flag, options in GLOBAL.items():

@@ -19,15 +19,25 @@ SILENT = 15.0  # seconds; devices are read every few
 
 
 class Segment:
-    """A part of a device's memory. `size` in bytes, `label` what may be written into it."""
+    """A part of a device's memory. `size` in bytes, `name` what may be written into it, `brief` where that is tight."""
 
-    __slots__ = ("fill", "label", "sgr", "size")
+    __slots__ = ("brief", "fill", "name", "sgr", "size")
 
-    def __init__(self, size: float, fill: str, label: str = "", sgr: str = "") -> None:
+    def __init__(self, size: float, fill: str, name: str = "", sgr: str = "", brief: str = "") -> None:
         self.size = size
         self.fill = fill
-        self.label = label
+        self.name = name
         self.sgr = sgr
+        self.brief = brief
+
+    def label(self, cells: int, dots: str) -> str:
+        """Name and size if they fit, if need be with the name cut, else nothing."""
+        figure = f" {gib(self.size)}"
+        room = cells - len(figure)
+        if not self.name or room < width(self.brief or self.name[:5]):
+            return ""
+        name = self.name if width(self.name) <= room else self.brief or shorten(self.name, room, dots)
+        return name + figure
 
 
 def device_name(device: dict[str, Any]) -> str:
@@ -86,10 +96,9 @@ def _segments(device: dict[str, Any], models: list[dict[str, Any]]) -> list[Segm
         size = max(holding(model, device.get("id")))  # an overrun takes what it takes
         if size > 0:
             starting = model.get("state") == "starting"
-            label = f"{clean(model.get('name'))} {gib(size)}"
-            parts.append(Segment(size, ">" if starting else "=", label, CYAN if starting else ""))
+            parts.append(Segment(size, ">" if starting else "=", clean(model.get("name")), CYAN if starting else ""))
     taken = sum(part.size for part in parts)
-    rest = [Segment(external, "%", f"other {gib(external)}", DIM), Segment(free, ".", "", GREEN)]
+    rest = [Segment(external, "%", "other", DIM), Segment(free, ".", "", GREEN)]
     rest.append(Segment(max(0.0, total - taken - external - free), "/", "", DIM))
     # a few MiB between two readings are no part worth a cell
     return parts + [part for part in rest if part.size >= total / 1000]
@@ -107,7 +116,7 @@ def _draw(segments: list[Segment], inside: int, look: Look) -> str:
         cells[largest] += inside - 2 * len(cells) + 1
     drawn = []
     for part, count in zip(segments, cells, strict=True):
-        label = part.label if width(part.label) <= count else ""
+        label = part.label(count, look.dots)
         drawn.append(look.paint(part.sgr, label + part.fill * (count - width(label))))
     return "|".join(drawn)
 
@@ -126,7 +135,7 @@ def _join(segments: list[Segment], inside: int) -> list[Segment]:
     size = sum(part.size for part in joined)
     kept = [part for part in segments if not any(part is gone for gone in joined)]
     at = sum(1 for part in kept if part.fill in "=>")
-    return [*kept[:at], Segment(size, "=", f"{count} more {gib(size)}"), *kept[at:]]
+    return [*kept[:at], Segment(size, "=", f"{count} more", brief=f"+{count}"), *kept[at:]]
 
 
 def device_facts(status: dict[str, Any], device: dict[str, Any], look: Look) -> list[str]:
@@ -154,4 +163,3 @@ def device_facts(status: dict[str, Any], device: dict[str, Any], look: Look) -> 
         lines.append(f"  {look.paint(AMBER, f'no answer from the driver for {span(silent)}')}")
     lines += [f"  {pad(name, names)}  {size:>6}  {note}".rstrip() for name, size, note in rows]
     return lines
-

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from vllmd.ctl.call import complain, print_json, print_lines
-from vllmd.ctl.faults import BAD_CONFIG, OK, Refused
+from vllmd.ctl.faults import BAD_CONFIG, FAILED, OK, Refused
 from vllmd.ctl.words import clean, nested
 
 TYPE_CHECKING = False
@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from vllmd.ctl.call import Call
 
 
-def vllmd(*arguments: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run the vllmd that belongs to this vllmctl. -P: a folder called vllmd where we stand is not it."""
+def vllmd(*arguments: str, capture: bool = False) -> tuple[int, list[str]]:
+    """Run the vllmd that belongs to this vllmctl: (exit code, lines of output if captured)."""
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    # -P: a folder called vllmd where we happen to stand is not it
     command = [sys.executable, "-P", "-m", "vllmd", *arguments]
-    return subprocess.run(command, env=environment, text=True, errors="replace", capture_output=capture, check=False)
+    done = subprocess.run(command, env=environment, text=True, errors="replace", capture_output=capture, check=False)
+    return done.returncode if done.returncode >= 0 else FAILED, f"{done.stdout or ''}{done.stderr or ''}".splitlines()
 
 
 def validate(call: Call) -> int:
@@ -29,16 +31,16 @@ def validate(call: Call) -> int:
     sys.stdout.flush()
     named = [call.args.file] if call.args.file else []
     if not call.args.json:
-        return vllmd("--check-config", *named).returncode
-    done = vllmd("--check-config", *named, capture=True)
-    print_json({"ok": done.returncode == OK, "messages": (done.stdout + done.stderr).splitlines()})
-    return done.returncode
+        return vllmd("--check-config", *named)[0]
+    code, lines = vllmd("--check-config", *named, capture=True)
+    print_json({"ok": code == OK, "messages": lines})
+    return code
 
 
 def schema(call: Call) -> int:
     """The JSON schema of the configuration."""
     sys.stdout.flush()
-    return vllmd("--print-schema").returncode
+    return vllmd("--print-schema")[0]
 
 
 def reload(call: Call) -> int:
@@ -64,11 +66,13 @@ def reload(call: Call) -> int:
 
 
 def plan_lines(plan: dict[str, object]) -> list[str]:
-    """What happens to whom: {"restart": ["chat"], ...} or {"models": {"chat": "restart"}}, whatever has something to say."""
+    """What happens to whom: {"restart": ["chat"]} or {"models": {"chat": "restart"}}; nothing where nothing is said."""
     lines = []
     for what, whom in plan.items():
         if isinstance(whom, list) and whom:
-            names = ", ".join(clean(each.get("name") or each.get("text")) if isinstance(each, dict) else clean(each) for each in whom)
+            names = ", ".join(
+                clean(each.get("name") or each.get("text")) if isinstance(each, dict) else clean(each) for each in whom
+            )
             lines.append(f"  {clean(what)}: {names}")
         elif isinstance(whom, dict):
             lines += [f"  {clean(name)}: {clean(said)}" for name, said in whom.items()]

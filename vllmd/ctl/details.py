@@ -5,8 +5,8 @@ from __future__ import annotations
 from vllmd.ctl.bar import device_facts, device_lines
 from vllmd.ctl.call import print_json, print_lines
 from vllmd.ctl.faults import NO_ROOM, OK, Garbled
-from vllmd.ctl.look import AMBER, GREEN, Look
-from vllmd.ctl.table import SIGNS, fold_ascii, remedies
+from vllmd.ctl.look import AMBER, GREEN, SIGNS, Look
+from vllmd.ctl.table import fold_ascii, remedies
 from vllmd.ctl.words import clean, field, listed, nested, number, sized, span, wrap
 
 TYPE_CHECKING = False
@@ -93,7 +93,9 @@ def spell(key: str, value: object, indent: str = "") -> list[str]:
             lines = [f"{indent}{name}:"]
             for each in value:
                 body = spell("", each, indent + "  ") if not isinstance(each, dict) else []
-                inner = [line for k, v in each.items() for line in spell(str(k), v, "")] if isinstance(each, dict) else []
+                inner = (
+                    [line for k, v in each.items() for line in spell(str(k), v, "")] if isinstance(each, dict) else []
+                )
                 lines += body or [f"{indent}  - {'  '.join(inner)}"]
             return lines
         case bool():
@@ -150,4 +152,3 @@ def devices(call: Call) -> int:
         lines += ["", *device_facts(status, device, look)]
     print_lines([fold_ascii(line, look) for line in lines])
     return OK
-

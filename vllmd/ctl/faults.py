@@ -1,4 +1,4 @@
-"""Why vllmctl gives up, and the exit code that says so. A fault is a sentence "cannot X: why" and what to do about it."""
+"""Why vllmctl gives up, and the exit code that says so. A fault is a sentence "cannot X: why" and what to do."""
 
 OK, FAILED, USAGE, UNREACHABLE, NO_SUCH_MODEL, NO_ROOM, TIMEOUT, BAD_CONFIG, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 78, 130
 

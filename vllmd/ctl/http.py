@@ -128,10 +128,10 @@ class Event:
 
     __slots__ = ("data", "id", "kind")
 
-    def __init__(self, kind: str, data: str, id: str) -> None:  # noqa: A002: the word of the protocol
+    def __init__(self, kind: str, data: str, ident: str) -> None:
         self.kind = kind
         self.data = data
-        self.id = id
+        self.id = ident
 
 
 class EventReader:

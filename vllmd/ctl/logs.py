@@ -37,7 +37,9 @@ def run(call: Call) -> int:
                 show_line(parse(event.data), args.json)
                 sys.stdout.flush()
             elif event.kind == "bye":
-                raise Unreachable("the log ends here: vllmd has ended; the model may go on", f"vllmctl logs -f {args.model}")
+                raise Unreachable(
+                    "the log ends here: vllmd has ended; the model may go on", f"vllmctl logs -f {args.model}"
+                )
     finally:
         stream.close()
     raise Unreachable("the log ends here: the connection to vllmd broke", f"vllmctl logs -f {args.model}")

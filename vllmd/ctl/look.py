@@ -62,9 +62,7 @@ def look_at(stream: TextIO, colour: str = "auto") -> Look:
 
     term = os.environ.get("TERM", "")
     terminal = stream.isatty()
-    tinted = colour == "always" or (
-        colour == "auto" and terminal and term != "dumb" and not os.environ.get("NO_COLOR")
-    )
+    tinted = colour == "always" or (colour == "auto" and terminal and term != "dumb" and not os.environ.get("NO_COLOR"))
     # the Linux console has 512 glyphs at most, and ↻ is in few of its fonts
     full = term != "linux" and (stream.encoding or "ascii").lower().replace("-", "") in ("utf8", "utf8sig")
     columns = lines = 0

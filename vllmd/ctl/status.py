@@ -39,6 +39,8 @@ def version(call: Call) -> int:
     if call.args.json:
         print_json({"vllmctl": __version__, "vllmd": daemon.get("version")})
         return OK
-    running = f"vllmd {clean(daemon.get('version'))} (pid {clean(daemon.get('pid'))})" if daemon else "vllmd not reachable"
+    running = (
+        f"vllmd {clean(daemon.get('version'))} (pid {clean(daemon.get('pid'))})" if daemon else "vllmd not reachable"
+    )
     print_lines([f"vllmctl {__version__}, {running}"])
     return OK

@@ -1,4 +1,4 @@
-"""The status as text: one line of summary, a bar per device, a row per model, and under it what is wrong and what to do.
+"""The status as text: a summary, a bar per device, a row per model; under it what is wrong and what to do.
 
 A terminal is read from its end, so causes and remedies stand last, next to the prompt. Columns go before figures are
 cut: a narrow terminal loses tokens/s and ages first, then requests, then memory. Names are cut in their middle.
@@ -7,7 +7,7 @@ cut: a narrow terminal loses tokens/s and ages first, then requests, then memory
 from __future__ import annotations
 
 from vllmd.ctl.bar import device_lines
-from vllmd.ctl.look import BOLD, DIM, SIGNS, Look
+from vllmd.ctl.look import BOLD, DIM, RED, SIGNS, Look
 from vllmd.ctl.words import clean, clip, field, gib, listed, nested, number, pad, shorten, span, width, wrap
 
 TYPE_CHECKING = False
@@ -52,22 +52,38 @@ COLUMNS = (
 )
 
 
-def status_text(status: dict[str, Any], look: Look, everything: bool = False, clock: str = "") -> list[str]:
+def status_text(status: dict[str, Any], look: Look, everything: bool = False) -> list[str]:
     """The whole picture in lines that fit `look.columns`. Unless `everything`, stopped models fold into one line where
-    `look.lines` is too few. `clock` goes to the right end of the first line."""
-    top = [_summary(status, look, clock), *device_lines(status, look)]
+    `look.lines` is too few."""
+    top = [summary(status, look), *device_lines(status, look)]
     models = in_order(listed(status, "models"))
     if not models:
-        config = clean(nested(status, "daemon").get("config")) or "the configuration"
-        return [*top, "", f"No models yet. Add [models.NAME] to {config}, then run: vllmctl reload"]
-    below = problems(models, look)
+        return [*top, "", *empty(status, look), *device_trouble(status, look)]
+    below = [*problems(models, look), *device_trouble(status, look)]
     tail = ["", *below] if below else []
     fold = not everything and 0 < look.lines < len(top) + 2 + len(models) + len(tail) + 1
     stopped = [model for model in models if model.get("state") == "stopped"] if fold else []
     if len(stopped) > 1:
         models = [model for model in models if model.get("state") != "stopped"]
-        tail = [_folded(stopped, look), *tail]
+        tail = [folded(stopped, look), *tail]
     return [*top, "", *rows(models, look), *tail]
+
+
+def empty(status: dict[str, Any], look: Look) -> list[str]:
+    """What to do where nothing is configured."""
+    config = clean(nested(status, "daemon").get("config")) or "the configuration"
+    return [*wrap(f"No models yet. Add [models.NAME] to {config}, then run:", look.columns), "  vllmctl reload"]
+
+
+def device_trouble(status: dict[str, Any], look: Look) -> list[str]:
+    """What the driver has to complain about."""
+    text = clean(nested(status, "daemon").get("trouble"))
+    sign, sgr = look.sign("backoff")
+    return (
+        [look.paint(sgr, fold_ascii(line, look)) for line in wrap(f"{sign} devices: {text}", look.columns)]
+        if text
+        else []
+    )
 
 
 def in_order(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -75,8 +91,8 @@ def in_order(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(models, key=lambda model: ORDER.index(model["state"]) if model.get("state") in ORDER else len(ORDER))
 
 
-def rows(models: list[dict[str, Any]], look: Look, heads: bool = True) -> list[str]:
-    """The table of these models, with its line of heads."""
+def rows(models: list[dict[str, Any]], look: Look, heads: bool = True, picked: str | None = None) -> list[str]:
+    """The table of these models, with its line of heads; a mark before the name of the one `picked`."""
     cells = [_cells(model) for model in models]
     sizes = [max([column.floor, *(width(row[at]) for row in cells)]) for at, column in enumerate(COLUMNS)]
     names = [clean(model.get("name")) for model in models]
@@ -91,7 +107,8 @@ def rows(models: list[dict[str, Any]], look: Look, heads: bool = True) -> list[s
         lines.append(look.paint(DIM, line.rstrip()))
     for model, name, row in zip(models, names, cells, strict=True):
         sign, sgr = look.sign(clean(model.get("state")))
-        line = f"{look.paint(sgr, sign)} {pad(shorten(name, room, look.dots), room)}"
+        mark = " " if picked is None or name != picked else "▸" if look.unicode else ">"
+        line = f"{look.paint(sgr, sign)}{mark}{pad(shorten(name, room, look.dots), room)}"
         for at in shown:
             text = pad(row[at], sizes[at], COLUMNS[at].right)
             line += "  " + (look.paint(sgr, text) if at == 0 else text)
@@ -106,7 +123,7 @@ def _fit(longest: int, sizes: list[int], columns: int) -> tuple[int, int]:
     """(tier of columns to show, width of the name column) for a terminal of `columns`, 0 = no bound."""
     if not columns:
         return 3, max(16, longest)
-    for tier, wish in ((3, 16), (2, 14), (1, 11), (0, 11)):
+    for tier, wish in ((3, 16), (2, 14), (1, 8), (0, 11)):
         taken = 2 + sum(size + 2 for size, column in zip(sizes, COLUMNS, strict=True) if column.tier <= tier) + 2
         room = columns - taken - SHORT
         if room >= wish:
@@ -183,8 +200,8 @@ def remedies(why: dict[str, Any], look: Look) -> list[str]:
     return [line] if texts else []
 
 
-def _summary(status: dict[str, Any], look: Look, clock: str) -> str:
-    """ "vllmd 0.1.0 on ws1, up 3 d: 1 of 8 models up, 3 moving, 2 need you"."""
+def summary(status: dict[str, Any], look: Look, clock: str = "", lost: bool = False) -> str:
+    """ "vllmd 0.1.0 on ws1, up 3 d: 1 of 8 models up, 3 moving, 2 need you", `clock` at the right end (red: `lost`)."""
     daemon, models = nested(status, "daemon"), listed(status, "models")
     up, moving, trouble = (
         sum(1 for model in models if model.get("state") in states) for states in (("ready",), MOVING, TROUBLE)
@@ -195,15 +212,13 @@ def _summary(status: dict[str, Any], look: Look, clock: str) -> str:
     text += f", {trouble} need{'s' if trouble == 1 else ''} you" if trouble else ""
     room = look.columns - (width(clock) + 2 if clock else 0)
     long = f"{who} on {clean(daemon.get('host'))}, up {span(field(daemon, 'uptime_s'))}: {text}"
-    if not look.columns or width(long) <= room:
-        text = long
-    else:
-        text = clip(f"{who}: {text}", room, look.dots)
+    text = long if not look.columns or width(long) <= room else clip(f"{who}: {text}", room, look.dots)
     bold = look.paint(BOLD, fold_ascii(text, look))
-    return bold + clock.rjust((look.columns or 100) - width(text)) if clock else bold
+    right = clock.rjust((look.columns or 100) - width(text)) if clock else ""
+    return bold + (look.paint(RED, right) if lost else right)
 
 
-def _folded(stopped: list[dict[str, Any]], look: Look) -> str:
+def folded(stopped: list[dict[str, Any]], look: Look) -> str:
     """ "○ 83 stopped: a, b, … (--all)" in one line."""
     sign, sgr = look.sign("stopped")
     line, end = f"{sign} {len(stopped)} stopped: ", f"{look.dots} (--all)"

@@ -28,9 +28,9 @@ DOING = {"start": "starting", "stop": "stopping", "restart": "restarting"}
 
 
 class Outcome:
-    """How it ended for one model. `ok` None = it goes on without us."""
+    """How it ended for one model, or that it goes on without us (TIMEOUT, INTERRUPTED)."""
 
-    __slots__ = ("code", "hints", "model", "ok", "state", "text")
+    __slots__ = ("code", "hints", "model", "state", "text")
 
     def __init__(self, model: str, code: int, text: str, hints: list[str] | None = None, state: str = "") -> None:
         self.model = model
@@ -47,7 +47,7 @@ def run(call: Call) -> int:
         raise Usage(f"cannot {args.command}: no model named", "name models, or give --category NAME or --all")
     answers = ask(call)
     outcomes = [done for row in answers if (done := settled(args.command, row))]
-    waiting = [clean(row.get("model")) for row in answers if not settled(args.command, row)]
+    waiting = [clean(row.get("model")) for row in answers if field(row, "status") == 202]
     if args.no_wait:
         outcomes += [Outcome(name, OK, f"{name}: {args.command} accepted") for name in waiting]
         waiting = []
@@ -134,7 +134,9 @@ class Waiting:
                 if self._left and limit is not None and time.monotonic() - self._began >= limit:
                     return outcomes + self._leave(feed, TIMEOUT)
                 if (feed.lost or 0.0) > PATIENCE:
-                    raise Unreachable(f"cannot hear vllmd for {span(PATIENCE)}: stopped waiting", "systemctl status vllmd")
+                    raise Unreachable(
+                        f"cannot hear vllmd for {span(PATIENCE)}: stopped waiting", "systemctl status vllmd"
+                    )
                 feed.poll(self._pause())
         except KeyboardInterrupt:
             return outcomes + self._leave(feed, INTERRUPTED)
@@ -152,15 +154,14 @@ class Waiting:
         """Look at everybody once; report who has arrived, draw the rest."""
         moving = []
         for name in list(self._left):
-            model = feed.model(name)
-            code = FAILED if model is None else verdict(self._verb, model)
-            if model is not None:
-                self._note(name, model)
-            if code is None and model is not None:
+            model = feed.model(name) or {}  # empty: a reload took it away
+            self._note(name, model)
+            code = verdict(self._verb, model) if model else FAILED
+            if code is None:
                 moving.append(model)
                 continue
             self._left.remove(name)
-            outcomes.append(self._end(name, model or {}, code or OK))
+            outcomes.append(self._end(name, model, code))
             if not self._quiet:
                 self._erase()
                 report(outcomes[-1])

@@ -97,6 +97,11 @@ class Listeners:
         names = [s.getsockname() for server in self._open for s in server.sockets if s.family != socket.AF_UNIX]
         return [(name[0], name[1]) for name in names]
 
+    @property
+    def connections(self) -> int:
+        """How many clients are connected, on all listeners."""
+        return sum(len(server.connections) for server in self._servers)
+
     async def start(self) -> None:
         """Open all, or none: raises ListenError."""
         loop = asyncio.get_running_loop()

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from vllmd.edge import cgroup, procfs, tree
 from vllmd.edge.leftovers import clear, shared_files
-from vllmd.edge.process import Child
+from vllmd.edge.process import Child, reap_orphans
 from vllmd.edge.procfs import Member
 
 ROUND = 10.0  # seconds that a killed process may take to end
@@ -46,7 +46,8 @@ async def kill_tree(
         return tree.members(child.leader, child.cookie, everyone, pids=cgroup.pids(child.cgroup))
 
     left = await _until_gone(first, look)
-    _reap_group(child)
+    reap_orphans(procfs.read_table())
+    child.reap()  # last: until now it held the number of the group
     if child.cgroup is not None:
         cgroup.remove(child.cgroup)
     await in_thread(lambda: clear(files | held, child.scratch, child.endpoint), LOOK, None)
@@ -166,15 +167,3 @@ def _kill_group(child: Child) -> None:
             os.killpg(child.leader.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             return
-
-
-def _reap_group(child: Child) -> None:
-    """Zombies of the tree that became our children, then the leader, which held their number until now."""
-    pid, own = child.leader.pid, os.getpid()
-    for at in procfs.read_table().values():
-        if at.dead and at.ppid == own and pid in (at.pgid, at.session) and at.member.pid != pid:
-            try:
-                os.waitpid(at.member.pid, os.WNOHANG)
-            except ChildProcessError:
-                continue
-    child.reap()

@@ -26,7 +26,7 @@ DEVICE_BYTES: Final = {
 MODEL_BYTES: Final = {
     "reserved": "Reserved for the model.",
     "used": "Measured use of the model.",
-    "need": "What the model needs per device, learned or estimated; 0 = not known.",
+    "need": "What the model needs on each device; 0 = not known.",
 }
 MODEL_GAUGES: Final = {
     "vllmd_model_requests_running": ("requests_running", "Requests in the engine."),

@@ -1,21 +1,22 @@
+# ruff: noqa: ASYNC109 - how long an answer may take belongs to the question: each kind has its own
 """Asking an engine how it is, over its TCP port or unix socket.
 
-One connection per question, closed by us: the side that closes first keeps the port busy for a minute (TIME_WAIT), and the
-engine's next start needs its port. The other end may be a stranger, so what it says is bounded in size and time, and
-nothing but ProbeError comes of it. /metrics is 50 kB and read each few seconds from every engine: it is searched for
-the names that are wanted, not parsed.
+One connection per question, closed by us: the side that closes first keeps the port busy for a minute (TIME_WAIT), and
+the engine's next start needs its port. The other end may be a stranger, so what it says is bounded in size and time,
+and nothing but ProbeError comes of it. /metrics is 50 kB and read each few seconds from every engine: it is searched
+for the names that are wanted, not parsed.
 """
 
 import asyncio
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 BODY_MAX: Final = 8 << 20  # bytes of an answer
 HEAD_MAX: Final = 32 << 10
-KINDS: Final = {
+KINDS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "completions": ("/v1/completions", {"prompt": "a", "max_tokens": 1}),
     "embeddings": ("/v1/embeddings", {"input": "a"}),
     "pooling": ("/pooling", {"input": "a"}),
@@ -72,7 +73,7 @@ class Probe:
     async def canary(
         self, endpoint: str, model: str, categories: Collection[str] = (), timeout: float = 30.0
     ) -> bool | None:
-        """One token through the engine: True = it came, False = it did not, None = no kind of canary suits this model."""
+        """One token through the engine: True = it came, False = it did not, None = no kind of canary suits it."""
         for kind in self._order(endpoint, model, categories):
             path, body = KINDS[kind]
             try:
@@ -156,7 +157,7 @@ async def get_json(endpoint: str, path: str, timeout: float) -> Any:
 
 
 async def ask(endpoint: str, method: str, path: str, value: Any = None, timeout: float = 5.0) -> tuple[int, bytes]:
-    """Status and body of one request. Raises ProbeError; when cancelled, the connection is closed and the engine stops."""
+    """Status and body of one request. Raises ProbeError. Cancelling closes the connection, so that the engine stops."""
     try:
         async with asyncio.timeout(timeout):
             reader, writer = await connect(endpoint)

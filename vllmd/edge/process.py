@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllmd.edge.procfs import Member, open_pidfd, read_stat, reap
+from vllmd.edge.procfs import Member, Table, open_pidfd, read_stat, reap
 from vllmd.edge.tree import COOKIE
 from vllmd.events import Launch
 
@@ -38,6 +38,8 @@ INHERITED = frozenset(
     }
 )  # fmt: skip
 INHERITED_PREFIXES = ("LC_", "HF_", "TRANSFORMERS_", "NCCL_", "NVIDIA_")
+
+_leaders: set[int] = set()  # pids of our own children that are not closed yet
 
 # argv stays the real one: the shell becomes it. A cgroup that cannot be entered costs accounting, not the start.
 _ENTER_CGROUP = 'echo 0 > "$0"; exec "$@"'
@@ -81,6 +83,8 @@ class Child:
 
     def terminate(self, signum: signal.Signals = signal.SIGTERM) -> bool:
         """Signal the leader alone: vLLM drains by itself. False when it has ended."""
+        if self.ended:
+            return False
         try:
             signal.pidfd_send_signal(self.pidfd, signum)
         except ProcessLookupError:
@@ -101,6 +105,7 @@ class Child:
             asyncio.get_running_loop().remove_reader(self.pidfd)
             self._end.cancel()
         self.reap()
+        _leaders.discard(self.pid)
         os.close(self.pidfd)
         self.pidfd = -1
 
@@ -125,6 +130,7 @@ def spawn(launch: Launch, *, log_fd: int, cwd: Path, cgroup: Path | None = None)
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         os.close(pidfd)
         raise OSError(f"cannot watch pid {process.pid}: no /proc entry (is /proc mounted, and not with hidepid=2?)")
+    _leaders.add(process.pid)
     return Child(stat.member, pidfd, launch.cookie, launch.endpoint, launch.scratch, cgroup)
 
 
@@ -148,6 +154,18 @@ def become_subreaper() -> bool:
     """Make orphans among our descendants our children, so that they can be reaped. False when the kernel refuses."""
     libc = ctypes.CDLL(None, use_errno=True)
     return bool(libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+
+
+def reap_orphans(table: Table) -> None:
+    """Reap the zombies that came to us as orphans of an engine: children in another session than ours that we did not
+    spawn. A child of another kind stays in our session and is waited for by who started it."""
+    own, session = os.getpid(), os.getsid(0)
+    for stat in table.values():
+        if stat.dead and stat.ppid == own and stat.session != session and stat.member.pid not in _leaders:
+            try:
+                os.waitpid(stat.member.pid, os.WNOHANG)  # a zombie of ours keeps its number
+            except ChildProcessError:
+                continue
 
 
 @contextmanager

@@ -21,11 +21,14 @@ host            string          name of the machine
 uptime_s        seconds         since the daemon started
 config          string          path of the configuration file
 access          string          what the caller of this request may do: "read" or "admin"
+closing         boolean         everything is being ended
+trouble         string          what is wrong with reading the devices; empty = nothing
 """,
     "Device": """
 id              string          NVML UUID, or "cpu"
 kind            string          gpu, mig or cpu
 index           integer?        index by PCI bus order; null for "cpu"
+label           string          as sentences call it: "GPU 0"
 name            string          name of the product
 total           bytes           physical memory
 budget          bytes           what vllmd may reserve in all: total less reserve, capped by limit
@@ -35,7 +38,7 @@ used            bytes           in use by everybody
 external        bytes           in use by processes that are not vllmd's
 external_processes Holder[]     the largest of them
 free            bytes           what a model could still reserve now
-silent_s        seconds?        the driver has not answered for so long; null = it answers
+silent_s        seconds         since the last reading; more than some seconds = the driver does not answer
 """,
     "Holder": """
 pid             integer         process
@@ -47,6 +50,8 @@ name            string          name in the configuration
 model           string          hub id or path
 category        string[]        as configured
 state           string          stopped, waiting, starting, ready, draining, stopping, backoff or failed
+wanted          boolean         somebody wants it up
+autostart       boolean         as configured
 phase           string?         part of the start: import, download, load, measure, compile, graphs, http
 progress        number?         share of the phase, 0 to 1
 overall         number?         share of the whole start by past starts, 0 to 1; never falls, 1 only when ready
@@ -61,16 +66,18 @@ pids            integer[]       all of the process tree
 endpoint        string?         http://127.0.0.1:8000 or unix:/path of the engine
 devices         string[]        ids of the devices it is placed on
 per_device      Share[]         its part of each
-need            bytes?          what it needs per device, learned or estimated; null = not known yet
+need            bytes?          what it needs on each of its devices; null = not known yet
+need_measured   boolean         the need comes from a good start, not from rules
 reserved        bytes           reserved on all devices
 used            bytes           measured on all devices
 attempt         integer         grows with every spawn
 restarts        integer         by vllmd after a crash or a hang, since the daemon started
+failures        integer         within the window that the restart rule counts
 uptime_s        seconds?        since it became ready
 requests_running integer        in the engine
 requests_waiting integer        in the engine's queue
 tokens_per_s    number          generated, mean of the last looks
-waits_for       string?         what a waiting model waits for: another model, or a device
+waits_for       string[]        the models that a waiting one waits for
 why             Why?            why it is not as wanted, or what to know about it; null = all is well
 """,
     "Share": """
@@ -82,6 +89,7 @@ used            bytes           measured there
 class           string          kind of the cause, short-with-dashes: "no-room", "kv-too-small", "crashed"
 text            string          the whole sentence
 short           string          at most 24 characters of it, for a table
+age_s           seconds?        since it happened
 remedies        Remedy[]        what helps, best first
 """,
     "Remedy": """

@@ -1,0 +1,108 @@
+"""What a tree of TOML says, read key by key into typed values: the step between files and Settings.
+
+A draft holds only what was written and is right; defaults come later, so that [defaults] and drop-ins can go between.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from vllmd.config.kinds import Bad, Fault, Place
+from vllmd.config.names import MODEL_NAME, read_device
+from vllmd.config.options import SECTIONS, TOP, Option, Section, header, read_table
+from vllmd.config.problems import Key, nearest, quote
+
+_NAME_RULE: Final = "lower-case letters, digits, ., _ and -, at most 63, the first a letter or digit"
+
+
+@dataclass(slots=True)
+class Draft:
+    """Typed values by key, as far as they were written. `models` and `devices` by name, in file order."""
+
+    daemon: dict[str, Any] = field(default_factory=dict)
+    http: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    devices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+
+    def source(self, name: str, key: str) -> Key:
+        """Where the value of a model's key was written."""
+        return ("models", name, key) if key in self.models[name] else ("defaults", key)
+
+    def of(self, name: str, key: str) -> Any:
+        """A model's value with [defaults] applied; None if it was not written."""
+        return self.models[name].get(key, self.defaults.get(key))
+
+
+def read(data: Mapping[str, Any], place: Callable[[Key], Place]) -> Draft:
+    """The draft of a tree; `place` tells what the path at a key is relative to. Raises nothing: see `faults`."""
+    draft = Draft()
+
+    def table(value: Any, path: Key, options: Mapping[str, Option]) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            draft.faults.append(Fault(f"{quote(value)} is not a table", f"open it with {_opening(path)}", path))
+            return {}
+        values, faults = read_table(options, value, lambda key: place((*path, key)))
+        draft.faults += [Fault(f.message, f.hint, (*path, *f.at)) for f in faults]
+        return values
+
+    def family(value: Any, section: Section, check: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+        if not isinstance(value, dict):
+            hint = f"open one with {header(section)}"
+            draft.faults.append(Fault(f"{quote(value)} is not a table", hint, (section.value,)))
+            return {}
+        members: dict[str, dict[str, Any]] = {}
+        for name, inner in value.items():
+            try:
+                check(name)
+            except Bad as exc:
+                draft.faults += [Fault(f.message, f.hint, (section.value, name)) for f in exc.faults]
+            members[name] = table(inner, (section.value, name), SECTIONS[section])
+        return members
+
+    for key, value in data.items():
+        match key:
+            case "daemon":
+                draft.daemon = table(value, (key,), SECTIONS[Section.DAEMON])
+            case "http":
+                draft.http = table(value, (key,), SECTIONS[Section.HTTP])
+            case "defaults":
+                draft.defaults = table(value, (key,), SECTIONS[Section.MODELS])
+            case "devices":
+                draft.devices = family(value, Section.DEVICES, _check_device)
+            case "models":
+                draft.models = family(value, Section.MODELS, _check_name)
+            case _:
+                draft.faults.append(_unknown_table(key, value))
+    return draft
+
+
+def _opening(path: Key) -> str:
+    """The header of a table."""
+    return f"[{path[0]}]" if len(path) == 1 else header(Section(str(path[0])))
+
+
+def _check_name(name: str) -> None:
+    # A tail after NUL marks the second table of a name in a file with errors: parse has reported it.
+    if "\0" not in name and not MODEL_NAME.fullmatch(name):
+        small = name.lower().replace(" ", "-")
+        hint = f"{_NAME_RULE}; try {quote(small)}" if MODEL_NAME.fullmatch(small) else _NAME_RULE
+        raise Bad(Fault(f"{quote(name)} is not a model's name", hint))
+
+
+def _check_device(name: str) -> None:
+    if name != "*" and "\0" not in name:
+        try:
+            read_device(name)
+        except Bad as exc:
+            raise Bad(Fault(exc.faults[0].message, '"*" for all, ' + exc.faults[0].hint)) from None
+
+
+def _unknown_table(key: str, value: Any) -> Fault:
+    what = "table" if isinstance(value, dict) else "key"
+    if near := nearest(key, TOP):
+        return Fault(f"unknown {what}", f"did you mean [{near}]?", (key,))
+    homes = [section for section, options in SECTIONS.items() if key in options]
+    hint = f"it belongs into {header(homes[0])}" if homes else "known: " + ", ".join(TOP)
+    return Fault(f"unknown {what}", hint, (key,))

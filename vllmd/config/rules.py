@@ -1,0 +1,100 @@
+"""What must hold between values: nothing named twice, nothing needed missing, nothing that can never fit."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from vllmd.config.draft import Draft
+from vllmd.config.kinds import Fault
+from vllmd.config.options import RESTART, SECTIONS, Section, default_of
+from vllmd.config.problems import Key, quote, spell
+from vllmd.units import gib
+
+_SOCKET_BYTES: Final = 100  # the kernel takes 107; the rest is for a temporary name beside it
+_ENGINE_SOCKET_BYTES: Final = 107
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What was seen in the files beside the draft: keys that were written but are wrong, and paths with defaults."""
+
+    written: frozenset[Key]
+    torn: bool
+    paths: dict[str, Path]
+
+
+def broken(draft: Draft, known: Known) -> Iterator[Fault]:
+    """Every rule between values that the draft breaks."""
+    # The second table of a name (marked by NUL) takes no part: it repeats the first.
+    names = [name for name in draft.models if "\0" not in name]
+    yield from _missing(names, known)
+    yield from _ports(draft, names)
+    yield from _request_names(draft, names)
+    yield from _sockets(draft, names, known.paths)
+    for name in names:
+        yield from _sizes(draft, name)
+    for at, rule in (("defaults",), draft.defaults), *((("models", n), draft.models[n]) for n in names):
+        yield from _restart(at, rule.get("restart", {}))
+
+
+def _missing(names: list[str], known: Known) -> Iterator[Fault]:
+    for name in names:
+        there = ("models", name, "model") in known.written or ("defaults", "model") in known.written
+        if not there and not known.torn:
+            yield Fault("needs the key model", 'model = "owner/name" or a path', ("models", name))
+
+
+def _ports(draft: Draft, names: list[str]) -> Iterator[Fault]:
+    listen = draft.http.get("listen", default_of(SECTIONS[Section.HTTP]["listen"]))
+    taken = {port: "http.listen" for _, port in listen}
+    for name in names:
+        port = draft.of(name, "port")
+        if not port:
+            continue
+        if port in taken:
+            hint = 'give each its own, or "auto"'
+            yield Fault(f"{port} is the port of {taken[port]} already", hint, draft.source(name, "port"))
+        taken.setdefault(port, spell(("models", name)))
+
+
+def _request_names(draft: Draft, names: list[str]) -> Iterator[Fault]:
+    taken = {name: f"the name of {spell(('models', name))}" for name in names}
+    for name in names:
+        for alias in draft.of(name, "aliases") or ():
+            if alias in taken:
+                yield Fault(f"{quote(alias)} is {taken[alias]} already", "", draft.source(name, "aliases"))
+            taken.setdefault(alias, f"an alias of {spell(('models', name))}")
+
+
+def _sizes(draft: Draft, name: str) -> Iterator[Fault]:
+    vram, kv_cache = draft.of(name, "vram"), draft.of(name, "kv_cache")
+    if isinstance(vram, int) and isinstance(kv_cache, int) and kv_cache >= vram:
+        text = f"{gib(kv_cache)} of KV cache leave nothing of the {gib(vram)} of vram for the model itself"
+        yield Fault(text, "lower kv_cache or raise vram", draft.source(name, "kv_cache"))
+    # With other rules than "*" which device it will be is not known yet.
+    limit = draft.devices["*"].get("limit") if set(draft.devices) == {"*"} else None
+    least = max((size for size in (vram, kv_cache) if isinstance(size, int)), default=0)
+    if limit is not None and least > limit:
+        key = "vram" if least == vram else "kv_cache"
+        text = f"{gib(least)} can never fit: all models together may use {gib(limit)} of a device"
+        yield Fault(text, 'raise limit in [devices."*"]', draft.source(name, key))
+
+
+def _restart(at: Key, rule: dict[str, Any]) -> Iterator[Fault]:
+    first, longest = (rule.get(key, default_of(RESTART[key])) for key in ("backoff", "backoff_max"))
+    if rule and first > longest:
+        yield Fault("backoff is longer than backoff_max", "lower backoff or raise backoff_max", (*at, "restart"))
+
+
+def _sockets(draft: Draft, names: list[str], paths: dict[str, Path]) -> Iterator[Fault]:
+    length = len(bytes(paths["socket"]))
+    if length > _SOCKET_BYTES:
+        text = f"a path of {length} bytes is too long for a unix socket"
+        key = "socket" if "socket" in draft.daemon or "runtime_dir" not in draft.daemon else "runtime_dir"
+        yield Fault(text, f"at most {_SOCKET_BYTES} bytes", ("daemon", key))
+    room = _ENGINE_SOCKET_BYTES - len(bytes(paths["runtime_dir"])) - len("/.sock")
+    for name in names:
+        if len(name) > room and draft.of(name, "port") is None:
+            text = f"its socket in {paths['runtime_dir']} would have too long a path by {len(name) - room} bytes"
+            yield Fault(text, "a shorter name, a shorter daemon.runtime_dir, or a port", ("models", name))

@@ -1,0 +1,346 @@
+"""Where everything meets: a queue of events, the core, and the edges that do what it says.
+
+All concurrency of the decision is in `Daemon._decide`: one event at a time, its commands carried out at once, none of them
+awaited. If the core raises, that is a bug: its story is logged and the daemon exits, so that it can be started afresh.
+"""
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+from typing import assert_never
+
+from vllmd import __version__
+from vllmd.attempt import Attempt, Shared
+from vllmd.core import view
+from vllmd.core.core import Core
+from vllmd.core.launch import Places
+from vllmd.edge import cgroup
+from vllmd.edge.devices import Devices
+from vllmd.edge.http import ListenError, Listeners
+from vllmd.edge.inspect import inspect
+from vllmd.edge.journal import Log, configure
+from vllmd.edge.kill import in_thread, sweep
+from vllmd.edge.probe import Probe
+from vllmd.edge.process import become_subreaper
+from vllmd.edge.procfs import read_table
+from vllmd.edge.rules import load_rules
+from vllmd.edge.store import Store, Taken
+from vllmd.edge.stream import EventLog
+from vllmd.edge.tasks import Tasks
+from vllmd.events import (
+    Answer,
+    Boot,
+    Canary,
+    Command,
+    DevicesRead,
+    Event,
+    Finish,
+    Forget,
+    Inspect,
+    Inspected,
+    Inspection,
+    Keep,
+    KillTree,
+    Note,
+    ReadDevices,
+    Remember,
+    Shutdown,
+    Spawn,
+    Terminate,
+)
+from vllmd.places import mark_of, scratch_root
+from vllmd.service import Service
+from vllmd.spec import Cause, Settings
+
+LOOK_EVERY, LOOK_BUSY, LOOK_SOONEST = 5.0, 1.0, 0.1  # seconds between looks at processes and devices
+SAVE_AFTER = 0.2  # seconds that changes are collected before they are written
+
+
+class Daemon:
+    """One running vllmd."""
+
+    def __init__(self, settings: Settings, path: Path, log: Log) -> None:
+        self.settings, self.path, self.log = settings, path, log
+        self.started = time.monotonic()
+        self.events = EventLog()
+        self.store = Store(settings.daemon.state_dir)
+        self.tasks = Tasks(self._task_failed)
+        self.devices = Devices()
+        self.attempts: dict[str, Attempt] = {}
+        self.answers: dict[int, asyncio.Future[Answer]] = {}
+        self.serving = False
+        self.exit_code = 0
+        self._tickets = 0
+        self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._look_soon = asyncio.Event()
+        self._unsaved = asyncio.Event()
+        self._finished = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._shutdowns = 0
+
+    # -- life
+
+    async def run(self) -> int:
+        """Serve until told to end; returns the exit code."""
+        try:
+            self.store.lock()
+        except (Taken, OSError) as error:
+            self.log.error(str(error))
+            return 1
+        try:
+            await self._prepare()
+        except ListenError as error:
+            self.log.error(str(error))
+            return 1
+        try:
+            await self._finished.wait()
+        finally:
+            await self._leave()
+        return self.exit_code
+
+    async def _prepare(self) -> None:
+        become_subreaper()
+        spec = self.settings.daemon
+        for directory in (spec.state_dir, spec.runtime_dir, spec.log_dir, spec.cache_dir):
+            try:
+                directory.mkdir(mode=0o750, parents=True, exist_ok=True)
+            except OSError as error:
+                self.log.error(f"cannot make {directory}: {error.strerror}")
+        mark = mark_of(spec.state_dir)
+        left = await sweep(mark + ":")
+        if left:
+            self.log.error("processes of an earlier vllmd cannot be killed", pids=list(left))
+        places = Places(spec.runtime_dir, spec.cache_dir, scratch_root(spec.runtime_dir, mark), mark, hf_home(spec.cache_dir))
+        self.core = Core(self.settings, places, self.store.learned())
+        self.core.world.good.update(self.store.good())
+        self.shared = Shared(
+            self.post,
+            self.tasks,
+            Probe(),
+            load_rules(),
+            spec.log_dir,
+            spec.log_size,
+            spec.log_keep,
+            cgroup.delegated_root(),
+        )
+        self._complain()
+        first = await asyncio.to_thread(self.devices.read, {})
+        self.handle(first)
+        self.service = Service(self)
+        self.listeners = Listeners(self.service, self.events, spec.socket, self.settings.http)
+        await self.listeners.start()
+        self._catch_signals()
+        self.serving = True
+        self.tasks.start(self._decide(), "core")
+        self.tasks.start(self._look(), "devices")
+        self.tasks.start(self._save(), "store")
+        web = [f"http://{host}:{port}" for host, port in self.listeners.addresses]
+        self.log.info("vllmd is ready", version=__version__, models=len(self.settings.models), socket=str(spec.socket), web=web)
+        self.post(Boot())
+
+    async def _leave(self) -> None:
+        """Listeners first, so that nobody asks a daemon that is going; then what is still to be written."""
+        self.serving = False
+        await self.listeners.stop()
+        await self.tasks.end()
+        for attempt in self.attempts.values():
+            await attempt.kill(crashed=False)
+        self._write()
+        self.store.unlock()
+        self.log.info("vllmd has ended")
+
+    def _catch_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._asked_to_end)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self.tasks.start(self.service.reload_by_signal(), "reload"))
+
+    def _asked_to_end(self) -> None:
+        self._shutdowns += 1
+        running = len([a for a in self.attempts.values() if a.child is not None])
+        again = " now" if self._shutdowns > 1 else (" (once more to skip the drain)" if running else "")
+        self.log.info(f"ending {running} models{again}")
+        self.post(Shutdown())
+
+    # -- the loop
+
+    def post(self, event: Event) -> None:
+        """Hand an event to the core. From the event loop only."""
+        self._queue.put_nowait(event)
+
+    def ask(self, event_of: "type[Event] | None" = None) -> tuple[int, asyncio.Future[Answer]]:
+        """A new ticket and the future that its one answer resolves."""
+        self._tickets += 1
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.answers[self._tickets] = future
+        return self._tickets, future
+
+    async def _decide(self) -> None:
+        while True:
+            self.handle(await self._queue.get())
+
+    def handle(self, event: Event | None) -> None:
+        """One event through the core, and all that follows."""
+        now = time.monotonic()
+        commands = self.core.handle(event, now)
+        touched = {getattr(event, "instance", None), getattr(event, "model", None)}
+        for command in commands:
+            self.do(command)
+            touched.add(getattr(command, "instance", None))
+        self._set_timer()
+        self._publish(event, touched, now)
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        due = self.core.next_deadline()
+        self._timer = None
+        if due is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(0.0, due - time.monotonic()), self._queue.put_nowait, None)
+
+    def _publish(self, event: Event | None, touched: set[str | None], now: float) -> None:
+        world = self.core.world
+        for name in touched:
+            inst = world.instances.get(name) if name else None
+            if inst is not None:
+                self.events.publish("model", view.model(world, inst, now), key=f"model:{inst.id}")
+        if isinstance(event, DevicesRead):
+            for device in view.devices(world, now):
+                self.events.publish("device", device, key=f"device:{device['id']}")
+
+    def do(self, command: Command) -> None:
+        """Carry out one command; nothing here waits."""
+        match command:
+            case Inspect():
+                self.tasks.start(self._inspect(command), f"inspection of {command.instance}")
+            case Spawn():
+                spec = self.core.world.instances[command.instance].spec
+                attempt = Attempt(command, spec, self.shared)
+                self.attempts[command.instance] = attempt
+                attempt.start()
+                self._look_soon.set()
+            case Terminate():
+                self.attempts[command.instance].terminate()
+            case KillTree():
+                attempt = self.attempts[command.instance]
+                self.tasks.start(attempt.kill(crashed=command.crashed), f"end of {command.instance}#{command.attempt}")
+            case Canary():
+                self.attempts[command.instance].begin_canary()
+            case ReadDevices():
+                self._look_soon.set()
+            case Answer():
+                future = self.answers.pop(command.ticket, None)
+                if future is not None and not future.done():
+                    future.set_result(command)
+            case Remember() | Keep():
+                self._unsaved.set()
+            case Forget():
+                self.attempts.pop(command.instance, None)
+                self.events.forget(f"model:{command.instance}")
+                self.events.publish("removed", {"name": command.instance})
+            case Note():
+                self._note(command)
+            case Finish():
+                self._finished.set()
+            case _:
+                assert_never(command)
+
+    def _note(self, note: Note) -> None:
+        say = getattr(self.log, note.level)
+        say(note.text, model=note.instance or note.device, kind=note.kind, attempt=note.attempt)
+        self.events.publish(
+            "note",
+            {
+                "time": time.time(),
+                "kind": note.kind,
+                "level": note.level,
+                "text": note.text,
+                "model": note.instance,
+                "attempt": note.attempt,
+                "device": note.device,
+            },
+        )
+
+    # -- tasks
+
+    async def _inspect(self, command: Inspect) -> None:
+        inst = self.core.world.instances.get(command.instance)
+        if inst is None:
+            return
+        found = await self.inspect(inst.spec.name)
+        problem = found if isinstance(found, Cause) else None
+        result = found if isinstance(found, Inspection) else None
+        self.post(Inspected(command.instance, command.attempt, result, problem))
+
+    async def inspect(self, model: str) -> Inspection | Cause | None:
+        """Preflight of a configured model, in a thread of its own."""
+        spec = self.core.world.settings.models.get(model) or self.core.world.instances[model].spec
+        daemon = self.settings.daemon
+        taken = {a.port: name for name, a in self.attempts.items() if a.port and a.child is not None and name != model}
+        hf = hf_home(daemon.cache_dir)
+        env = {**os.environ, **({"HF_HOME": str(hf)} if hf else {})}
+        return await asyncio.to_thread(
+            inspect,
+            spec,
+            cache_dir=daemon.cache_dir,
+            log_dir=daemon.log_dir,
+            state_dir=daemon.state_dir,
+            taken_ports=taken,
+            env=env,
+        )
+
+    async def _look(self) -> None:
+        """Look at processes and devices: often while something moves, rarely when all is quiet."""
+        while True:
+            busy = any(not attempt.is_ready and attempt.child is not None for attempt in self.attempts.values())
+            try:
+                await asyncio.wait_for(self._look_soon.wait(), LOOK_BUSY if busy else LOOK_EVERY)
+                await asyncio.sleep(LOOK_SOONEST)
+            except TimeoutError:
+                pass
+            self._look_soon.clear()
+            table = await in_thread(read_table, 5.0, None)
+            if table is None:
+                continue
+            pids = {name: attempt.look(table) for name, attempt in self.attempts.items() if attempt.child is not None}
+            self.post(await asyncio.to_thread(self.devices.read, pids))
+            self._complain()
+
+    async def _save(self) -> None:
+        """Write what was learned, a moment after it changed."""
+        while True:
+            await self._unsaved.wait()
+            await asyncio.sleep(SAVE_AFTER)
+            self._unsaved.clear()
+            await asyncio.to_thread(self._write)
+
+    def _write(self) -> None:
+        self.store.keep_learned(dict(self.core.world.learned))
+        self.store.keep_good(dict(self.core.world.good))
+
+    def _complain(self) -> None:
+        for text in self.store.complaints():
+            self._note(Note("store", text, "error"))
+
+    def _task_failed(self, name: str, error: BaseException) -> None:
+        """A bug. Models are ended by the same path as always; whoever started us may start us again."""
+        story = list(self.core.world.story)[-20:]
+        self.log.error(f"internal error in {name}: {error!r}; vllmd ends", story=story, exc_info=error)
+        self.exit_code = 1
+        self._finished.set()
+
+
+def hf_home(cache_dir: Path) -> Path | None:
+    """Where downloads go: what the environment says; else, for a daemon without a home of its own, below its cache."""
+    if os.environ.get("HF_HOME"):
+        return Path(os.environ["HF_HOME"])
+    return cache_dir / "huggingface" if os.geteuid() == 0 and not Path("~/.cache/huggingface").expanduser().is_dir() else None
+
+
+async def run(settings: Settings, path: Path) -> int:
+    """The whole life of a daemon."""
+    log = configure(settings.daemon.log_level, settings.daemon.log_format)
+    return await Daemon(settings, path, log).run()
