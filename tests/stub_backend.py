@@ -87,7 +87,7 @@ class Stub:
         self.changes: list[tuple[Caller, str, tuple[str, ...]]] = []
         self.faults: list[tuple[str, str, BaseException]] = []
         self.answers: dict[str, Answer] = {}
-        self.lines = Lines([{"text": "one"}, {"text": "two"}])
+        self.lines = Lines([{"text": "one"}], [{"text": "two"}])
         self.broken: BaseException | None = None
         self.counted = Tallies()
         self.release: asyncio.Event | None = None  # set: act() waits for it
@@ -190,10 +190,10 @@ async def fronted(path: Path, limits: Limits | None = None, log: EventLog | None
 
 
 async def read_frame(reader: aiohttp.StreamReader | asyncio.StreamReader) -> dict[str, str]:
-    """The next server-sent event as its fields; comments and `retry` are passed over."""
+    """The next server-sent event as its fields; what comes before the first one is passed over."""
     while True:
         async with asyncio.timeout(20):
             text = (await reader.readuntil(b"\n\n")).decode()
-        fields = dict(line.split(": ", 1) for line in text.strip().splitlines())
+        fields = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
         if "event" in fields:
             return fields

@@ -81,8 +81,14 @@ async def test_a_start_is_accepted_and_logged_with_uid_and_pid(front: Front) -> 
 
 @pytest.mark.parametrize(
     ("query", "body", "now"),
-    [("", None, False), ("?now=1", None, True), ("?now", None, True), ("", {"now": True}, True), ("?now=1", {"now": False}, False)],
-)  # fmt: skip
+    [
+        ("", None, False),
+        ("?now=1", None, True),
+        ("?now", None, True),
+        ("", {"now": True}, True),
+        ("?now=1", {"now": False}, False),
+    ],
+)
 async def test_now_comes_from_query_or_body(front: Front, query: str, body: Any, now: bool) -> None:
     """A parameter stands in either; the body wins."""
     await front.unix.post("/api/v1/models/alpha/stop" + query, json=body)
@@ -189,7 +195,9 @@ async def test_reload_passes_dry_run_and_refuses_with_the_problems(front: Front)
     """A dry run changes nothing, so it is no change for the journal; 422 keeps all problems."""
     assert (await front.unix.post("/api/v1/reload?dry_run=1")).status == 200
     assert (front.stub.asked, front.stub.changes) == ([("reload", True)], [])
-    front.stub.answers["reload"] = Answer(1, 422, "the configuration is wrong", "bad-config", data={"problems": ["x:1"]})
+    front.stub.answers["reload"] = Answer(
+        1, 422, "the configuration is wrong", "bad-config", data={"problems": ["x:1"]}
+    )
     answer = await front.unix.post("/api/v1/reload")
     assert (answer.status, (await refusal(answer))["data"]) == (422, {"problems": ["x:1"]})
     assert front.stub.changes[0][1] == "reload"
@@ -197,7 +205,7 @@ async def test_reload_passes_dry_run_and_refuses_with_the_problems(front: Front)
 
 async def test_validate_takes_the_text_as_it_is(front: Front) -> None:
     """TOML in the body, any content type."""
-    await front.unix.post("/api/v1/validate", data="[http]\nlisten = []\n".encode())
+    await front.unix.post("/api/v1/validate", data=b"[http]\nlisten = []\n")
     assert front.stub.asked == [("validate", "[http]\nlisten = []\n")]
 
 

@@ -60,7 +60,10 @@ async def test_what_is_remembered_can_be_had_as_json_lines(tmp_path: Path) -> No
         front.events.publish("note", {"n": 1})
         front.events.publish("model", {"n": 2})
         text = await (await front.tcp.get(EVENTS, params={"follow": "0"})).text()
-        assert [(row["event"], row["data"]["n"]) for row in map(json.loads, text.splitlines())] == [("note", 1), ("model", 2)]
+        assert [(row["event"], row["data"]["n"]) for row in map(json.loads, text.splitlines())] == [
+            ("note", 1),
+            ("model", 2),
+        ]
 
 
 async def test_the_clock_is_sent_while_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +92,7 @@ async def test_a_slow_reader_costs_no_memory_and_is_told_what_it_lost(tmp_path: 
     """While it does not read, the ring turns over many times; then it gets `lost` and a snapshot, and all that follows."""
     async with fronted(tmp_path / "s", log=EventLog(size=50)) as front:
         reader, writer = await front.connect("unix")
-        writer.write(f"GET {EVENTS} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        writer.write(f"GET {EVENTS} HTTP/1.0\r\nHost: x\r\n\r\n".encode())
         await read_frame(reader)
         for n in range(300):
             front.events.publish("note", {"n": n, "text": "x" * 20_000})
@@ -108,7 +111,7 @@ async def test_a_client_that_never_reads_is_cut_off(tmp_path: Path) -> None:
     async with fronted(tmp_path / "s", Limits(patience=0.2)) as front:
         reader, writer = await front.connect("unix")
         writer.transport.pause_reading()  # type: ignore[attr-defined]
-        writer.write(f"GET {EVENTS} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        writer.write(f"GET {EVENTS} HTTP/1.0\r\nHost: x\r\n\r\n".encode())
         async with asyncio.timeout(20):
             while front.listeners.connections:
                 front.events.publish("note", {"text": "x" * 50_000})
@@ -161,7 +164,7 @@ async def test_stop_is_quick_although_a_client_does_not_read(tmp_path: Path) -> 
         front.stub.release = asyncio.Event()
         _, stuck = await front.connect("unix")
         stuck.transport.pause_reading()  # type: ignore[attr-defined]
-        stuck.write(f"GET {EVENTS} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        stuck.write(f"GET {EVENTS} HTTP/1.0\r\nHost: x\r\n\r\n".encode())
         _, asking = await front.connect("unix")
         asking.write(b"POST /api/v1/models/alpha/start HTTP/1.1\r\nHost: x\r\n\r\n")
         async with asyncio.timeout(20):

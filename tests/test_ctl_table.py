@@ -105,7 +105,7 @@ def test_hostile_strings_come_out_harmless(text: str) -> None:
     """No control, direction or half character of a daemon's string reaches the terminal, nor a second line."""
     said = why(text, text, text)
     models = [model(text, "failed", why=said), model("b", text), model("c", "starting", phase=text, endpoint=text)]
-    picture = status(models, [device(name=text, id=text, kind=text, index=None)])
+    picture = status(models, [device(name=text, id=text, kind=text, label=text)])
     picture["daemon"] |= {"host": text, "version": text, "config": text, "trouble": text}
     for look in (Look(80), Look(0), Look(100, unicode=False)):
         for line in status_text(picture, look):
@@ -118,7 +118,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-KEYS = sorted(model("x")) + ["class", "text", "short", "remedies"]
+KEYS = [*sorted(model("x")), "class", "text", "short", "remedies"]
 MODELS = st.lists(st.dictionaries(st.sampled_from(KEYS), JSON) | JSON, max_size=4)
 DEVICES = st.lists(st.dictionaries(st.sampled_from(sorted(device())), JSON) | JSON, max_size=3)
 

@@ -24,7 +24,7 @@ __all__ = ["start", "stranger", "subreaper"]  # fixtures
 
 async def test_a_child_leads_its_own_session_and_reads_nothing(start: Start) -> None:
     """Own session and group, standard input empty, files private."""
-    engine = await start('say(os.getsid(0) == os.getpgrp() == os.getpid(), len(os.read(0, 1)), oct(os.umask(0)))')
+    engine = await start("say(os.getsid(0) == os.getpgrp() == os.getpid(), len(os.read(0, 1)), oct(os.umask(0)))")
     assert await engine.line() == "True 0 0o77"
 
 

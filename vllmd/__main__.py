@@ -21,9 +21,15 @@ def parser() -> argparse.ArgumentParser:
         description="Keeps vLLM models running inside a memory budget. Runs in the foreground; Ctrl-C stops all models.",
         epilog="Then: vllmctl status. Exit codes: 0 ended as asked, 1 failed, 2 usage, 78 the configuration is wrong.",
     )
-    root.add_argument("-c", "--config", type=Path, metavar="FILE", help="configuration (default: /etc/vllmd/vllmd.toml)")
     root.add_argument(
-        "--check-config", nargs="?", const=True, metavar="FILE", help="print every problem of the configuration and exit"
+        "-c", "--config", type=Path, metavar="FILE", help="configuration (default: /etc/vllmd/vllmd.toml)"
+    )
+    root.add_argument(
+        "--check-config",
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="print every problem of the configuration and exit",
     )
     root.add_argument("--print-schema", action="store_true", help="print the configuration's JSON schema and exit")
     root.add_argument("--json", action="store_true", help="with --check-config: print JSON")
@@ -74,7 +80,9 @@ def approve(settings: Settings, path: Path, *, as_json: bool) -> int:
     """Say that it is good, and what is strange about it."""
     if as_json:
         warnings = list(settings.warnings)
-        print(json.dumps({"ok": True, "file": str(path), "models": list(settings.models), "warnings": warnings}, indent=2))
+        print(
+            json.dumps({"ok": True, "file": str(path), "models": list(settings.models), "warnings": warnings}, indent=2)
+        )
         return 0
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)

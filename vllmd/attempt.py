@@ -9,12 +9,14 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from vllmd.core.cause import Rules, diagnose
 from vllmd.core.phases import read as read_sign
 from vllmd.edge import cgroup, logfile
 from vllmd.edge.kill import in_thread, kill_tree
 from vllmd.edge.listener import listener_owner
+from vllmd.edge.logread import tail
 from vllmd.edge.probe import Counters, Probe, ProbeError
 from vllmd.edge.process import Child, spawn
 from vllmd.edge.procfs import Member, Table, read_table
@@ -25,6 +27,7 @@ from vllmd.events import (
     Broken,
     CanaryBack,
     Event,
+    Figures,
     Gone,
     Phase,
     Printed,
@@ -40,7 +43,7 @@ FOLLOW_STARTING, FOLLOW_READY = 0.1, 1.0  # seconds between looks at the log
 PROBE_EVERY = 0.5  # seconds between probes of a start; the log's last line calls for one at once
 PULSE_EVERY = 5.0  # seconds between looks at a ready engine's counters
 PROBE_TIMEOUT = 5.0
-DIAGNOSED = 1 << 20  # bytes of the log's end that are searched for the cause
+DIAGNOSED = 5000  # lines of the log's end that are searched for the cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class Shared:
     log_size: int
     log_keep: int
     cgroups: Path | None
+    complain: Callable[[str], None]
 
 
 class Attempt:
@@ -75,6 +79,11 @@ class Attempt:
         self._look_now = asyncio.Event()
         self._works: set[asyncio.Task[Any]] = set()
         self._killing = False
+
+    @property
+    def port(self) -> int | None:
+        """The TCP port it serves on, or None."""
+        return urlsplit(self.launch.endpoint).port if self.launch.endpoint.startswith("http") else None
 
     def post(self, event: Event) -> None:
         self.shared.post(event)
@@ -103,12 +112,14 @@ class Attempt:
             path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
         group = cgroup.make(self.shared.cgroups, self.instance) if self.shared.cgroups else None
-        fd, path = logfile.open_log(self.shared.log_dir, self.instance, self.shared.log_keep)
+        log = logfile.open_log(self.shared.log_dir, self.instance, self.shared.log_keep)
+        if log.trouble:
+            self.shared.complain(log.trouble)
         try:
-            self.child = spawn(self.launch, log_fd=fd, cwd=scratch, cgroup=group)
+            self.child = spawn(self.launch, log_fd=log.fd, cwd=scratch, cgroup=group)
         finally:
-            os.close(fd)
-        self.follower = logfile.Follower(path)
+            os.close(log.fd)
+        self.follower = logfile.Follower(log.path)
 
     def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = self.shared.tasks.start(work, f"{name} of {self.instance}#{self.number}")
@@ -151,12 +162,14 @@ class Attempt:
                 if sign.phase is Phase.HTTP:
                     self._look_now.set()
             if sign.figures is not None or sign.measured:
-                figures = sign.figures
-                self.post(Printed(self.instance, self.number, figures, sign.measured))
+                self.post(Printed(self.instance, self.number, sign.figures or Figures(), sign.measured))
         if lines and not self.is_ready:
             self.post(Alive(self.instance, self.number))
         if self.is_ready:
+            before = self.follower.trouble
             self.follower.rotate(self.shared.log_size, self.shared.log_keep)
+            if self.follower.trouble and self.follower.trouble != before:
+                self.shared.complain(self.follower.trouble)
 
     async def _until_ready(self) -> None:
         """Ask until it serves, names us, and the listening socket is our tree's."""
@@ -212,7 +225,13 @@ class Attempt:
         )
         self.post(
             Pulse(
-                self.instance, self.number, int(seen.running), int(seen.waiting), seen.generation_tokens, moved, seen.kv_usage
+                self.instance,
+                self.number,
+                int(seen.running),
+                int(seen.waiting),
+                seen.generation_tokens,
+                moved,
+                seen.kv_usage,
             )
         )
 
@@ -265,10 +284,19 @@ class Attempt:
             self.child.close()
         cause = None
         if crashed:
-            lines = logfile.tail_lines(self.shared.log_dir, self.instance, DIAGNOSED) if self.child else []
-            phase = None if self.is_ready else self.phase
-            cause = diagnose(lines, status=self._status, what=self._what, phase=phase, rules=self.shared.rules)
-            logfile.keep_failed(self.shared.log_dir, self.instance)
+            path = self.shared.log_dir / f"{self.instance}.log"
+            lines = await asyncio.to_thread(tail, path, DIAGNOSED) if self.child else []
+            cause = diagnose(
+                lines,
+                status=self._status,
+                what=self._what,
+                phase=self.phase,
+                rules=self.shared.rules,
+                ready=self.is_ready,
+            )
+            trouble = logfile.keep_failed(self.shared.log_dir, self.instance)
+            if trouble:
+                self.shared.complain(trouble)
         self.post(Gone(self.instance, self.number, cause, left))
 
 

@@ -14,6 +14,7 @@ from typing import assert_never
 from vllmd import __version__
 from vllmd.attempt import Attempt, Shared
 from vllmd.core import view
+from vllmd.core.cause import parse_rules
 from vllmd.core.core import Core
 from vllmd.core.launch import Places
 from vllmd.edge import cgroup
@@ -112,18 +113,21 @@ class Daemon:
         left = await sweep(mark + ":")
         if left:
             self.log.error("processes of an earlier vllmd cannot be killed", pids=list(left))
-        places = Places(spec.runtime_dir, spec.cache_dir, scratch_root(spec.runtime_dir, mark), mark, hf_home(spec.cache_dir))
+        places = Places(
+            spec.runtime_dir, spec.cache_dir, scratch_root(spec.runtime_dir, mark), mark, hf_home(spec.cache_dir)
+        )
         self.core = Core(self.settings, places, self.store.learned())
         self.core.world.good.update(self.store.good())
         self.shared = Shared(
             self.post,
             self.tasks,
             Probe(),
-            load_rules(),
+            parse_rules(load_rules()),
             spec.log_dir,
             spec.log_size,
             spec.log_keep,
             cgroup.delegated_root(),
+            lambda text: self._note(Note("log", text, "error")),
         )
         self._complain()
         first = await asyncio.to_thread(self.devices.read, {})
@@ -137,7 +141,9 @@ class Daemon:
         self.tasks.start(self._look(), "devices")
         self.tasks.start(self._save(), "store")
         web = [f"http://{host}:{port}" for host, port in self.listeners.addresses]
-        self.log.info("vllmd is ready", version=__version__, models=len(self.settings.models), socket=str(spec.socket), web=web)
+        self.log.info(
+            "vllmd is ready", version=__version__, models=len(self.settings.models), socket=str(spec.socket), web=web
+        )
         self.post(Boot())
 
     async def _leave(self) -> None:
@@ -280,6 +286,7 @@ class Daemon:
         spec = self.core.world.settings.models.get(model) or self.core.world.instances[model].spec
         daemon = self.settings.daemon
         taken = {a.port: name for name, a in self.attempts.items() if a.port and a.child is not None and name != model}
+        taken |= {s.port: s.name for s in self.core.world.settings.models.values() if s.port and s.name != model}
         hf = hf_home(daemon.cache_dir)
         env = {**os.environ, **({"HF_HOME": str(hf)} if hf else {})}
         return await asyncio.to_thread(
@@ -337,7 +344,11 @@ def hf_home(cache_dir: Path) -> Path | None:
     """Where downloads go: what the environment says; else, for a daemon without a home of its own, below its cache."""
     if os.environ.get("HF_HOME"):
         return Path(os.environ["HF_HOME"])
-    return cache_dir / "huggingface" if os.geteuid() == 0 and not Path("~/.cache/huggingface").expanduser().is_dir() else None
+    return (
+        cache_dir / "huggingface"
+        if os.geteuid() == 0 and not Path("~/.cache/huggingface").expanduser().is_dir()
+        else None
+    )
 
 
 async def run(settings: Settings, path: Path) -> int:

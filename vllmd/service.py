@@ -6,19 +6,19 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllmd import __version__
 from vllmd.config import schema as config_schema
-from vllmd.config.change import Change
+from vllmd.config.change import Change, Verdict
 from vllmd.config.change import plan as plan_change
 from vllmd.config.load import ConfigError, load
 from vllmd.core import plan, view
 from vllmd.core.world import Instance
-from vllmd.edge import logfile
 from vllmd.edge.backend import Access, Caller, LogReader, Refused, Tallies, Verb
+from vllmd.edge.logview import LogView, find_log
 from vllmd.events import Answer, Event, Reload, Restart, Start, Stop
 from vllmd.spec import Cause, Settings
 
@@ -63,12 +63,14 @@ class Service:
         launch = inst.launch
         learned = self.world.learned.get(inst.key)
         return view.model(self.world, inst, time.monotonic()) | {
-            "spec": hide(asdict(spec), settings.secrets),
+            "spec": hide(spec, settings.secrets),
             "argv": list(launch.argv) if launch else None,
             "env": hide(dict(launch.env), settings.secrets) if launch else None,
             "parts": [{"label": label, "size": size} for label, size in inst.need.parts] if inst.need else [],
-            "learned": asdict(learned) if learned else None,
-            "engine": asdict(inst.found.engine) | {"flags": None} if inst.found else None,
+            "learned": hide(learned, frozenset()),
+            "engine": {"executable": inst.found.engine.executable, "version": inst.found.engine.version}
+            if inst.found
+            else None,
             "log": str(self.daemon.settings.daemon.log_dir / f"{name}.log"),
         }
 
@@ -80,7 +82,7 @@ class Service:
 
     def tallies(self) -> Tallies:
         counted: Mapping[tuple[str, ...], int] = self.world.counters
-        seconds = {}
+        seconds: dict[tuple[str, str], float] = {}
         for inst in self.world.instances.values():
             if learned := self.world.learned.get(inst.key):
                 seconds |= {(inst.id, phase): value for phase, value in learned.phases.items()}
@@ -94,13 +96,11 @@ class Service:
 
     def log(self, name: str, *, lines: int, since: float | None, failed: bool, previous: bool) -> LogReader:
         self._instance(name)
-        try:
-            return logfile.open_reader(
-                self.daemon.settings.daemon.log_dir, name, lines=lines, since=since, failed=failed, previous=previous
-            )
-        except FileNotFoundError:
+        path = find_log(self.daemon.settings.daemon.log_dir, name, failed=failed, previous=previous)
+        if path is None:
             kind = "failed start" if failed else ("previous start" if previous else "start")
-            raise Refused(404, "no-log", f"{name} has no log of a {kind}", f"vllmctl start {name}") from None
+            raise Refused(404, "no-log", f"{name} has no log of a {kind}", f"vllmctl start {name}")
+        return LogView(path, lines=lines, since=since, follow=not (failed or previous))
 
     # -- act
 
@@ -128,18 +128,19 @@ class Service:
         try:
             new = await asyncio.to_thread(load, self.daemon.path)
         except ConfigError as error:
-            problems = [problem_row(problem) for problem in error.problems]
+            problems = [str(problem) for problem in error.problems]
             count = len(problems)
             text = f"configuration not reloaded: {count} problem{'s' if count > 1 else ''}; the old one stays"
             self.daemon.log.error(text, first=str(error.problems[0]))
-            return Answer(0, 422, text, "bad-config", tuple(map(str, error.problems[:1])), {"problems": problems})
+            return Answer(0, 422, text, "bad-config", tuple(problems[:1]), {"problems": problems})
         change = plan_change(old, new)
         data = change_rows(change) | {"warnings": list(new.warnings)}
         if dry_run:
             return Answer(0, 200, "nothing was changed", data=data)
         ticket, future = self.daemon.ask()
         self.daemon.settings = keep_fixed(new, old)
-        self.daemon.post(Reload(keep_fixed(new, old), frozenset(change.restart), ticket))
+        restart = frozenset(name for name, what in change.models.items() if what.verdict is Verdict.RESTART)
+        self.daemon.post(Reload(self.daemon.settings, restart, ticket))
         answer = await future
         return Answer(0, answer.status, answer.message, data=data)
 
@@ -188,12 +189,18 @@ def keep_fixed(new: Settings, old: Settings) -> Settings:
     """What a running daemon cannot change (sockets, directories) stays; `change` has told the operator."""
     from dataclasses import replace
 
-    return replace(new, daemon=replace(old.daemon, log_size=new.daemon.log_size, log_keep=new.daemon.log_keep), http=old.http)
+    return replace(
+        new, daemon=replace(old.daemon, log_size=new.daemon.log_size, log_keep=new.daemon.log_keep), http=old.http
+    )
 
 
 def change_rows(change: Change) -> dict[str, Any]:
-    """A reload's plan as JSON."""
-    return asdict(change)
+    """A reload's plan as JSON: {"models": {"chat": "restart (vram, args)"}, "live": [...], "daemon restart": [...]}."""
+    models = {
+        name: str(what.verdict) + (f" ({', '.join(what.keys)})" if what.keys else "")
+        for name, what in change.models.items()
+    }
+    return {"models": models, "live": list(change.live), "needs a restart of vllmd": list(change.daemon)}
 
 
 def problem_row(problem: Any) -> dict[str, Any]:
@@ -209,9 +216,11 @@ def problem_row(problem: Any) -> dict[str, Any]:
 
 
 def hide(value: Any, secrets: frozenset[str]) -> Any:
-    """The value with everything secret replaced: known secrets, and what has a secret's name."""
+    """The value as JSON, with everything secret replaced: known secrets, and what has a secret's name."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
     match value:
-        case dict():
+        case Mapping():
             return {
                 key: HIDDEN if looks_secret(str(key)) and isinstance(item, str) else hide(item, secrets)
                 for key, item in value.items()

@@ -101,8 +101,9 @@ def _check_device(name: str) -> None:
 
 def _unknown_table(key: str, value: Any) -> Fault:
     what = "table" if isinstance(value, dict) else "key"
-    if near := nearest(key, TOP):
-        return Fault(f"unknown {what}", f"did you mean [{near}]?", (key,))
     homes = [section for section, options in SECTIONS.items() if key in options]
-    hint = f"it belongs into {header(homes[0])}" if homes else "known: " + ", ".join(TOP)
+    if near := nearest(key, TOP):
+        hint = f"did you mean [{near}]?"
+    else:
+        hint = f"it belongs into {header(homes[0])}" if homes else "known: " + ", ".join(TOP)
     return Fault(f"unknown {what}", hint, (key,))

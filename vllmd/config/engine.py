@@ -64,7 +64,7 @@ _DEPTH: Final = 16
 def flag_name(written: str) -> str:
     """The flag, its underscores made dashes; a dotted tail (`a.b_c`) is JSON's and stays. Raises Bad."""
     bare = written.lstrip("-")
-    if bare != written and bare:
+    if bare != written and _FLAG.fullmatch(bare):
         flag = SHORT_FLAGS.get(bare, bare.replace("_", "-"))
         refuse_owned(flag)
         raise bad("flags are written without dashes in front", f"try {flag}")

@@ -97,8 +97,8 @@ def measure(value: Any, parse: Callable[[str], float], what: str, example: str) 
     except OverflowError:
         raise bad(f"{quote(value)} is too large") from None
     except ValueError as exc:
-        words, _, hint = str(exc).rpartition(" (")
-        raise bad(f"{quote(value)} is not {what}" if len(value) > 60 else words, hint.rstrip(")")) from None
+        hint = str(exc).rpartition(" (")[2].removesuffix(")")
+        raise bad(f"{quote(value)} is not {what}", hint) from None
 
 
 def ranged(value: Any, low: float, high: float, spelled: tuple[str, str]) -> Any:

@@ -63,7 +63,13 @@ def load(
     problems |= _locate(draft.faults, layers)
     given = {key: value for key, value in draft.daemon.items() if key in _PATHS}
     paths = complete(given, env, is_root() if root is None else root)
-    known = Known(frozenset(_written(layers)), any(layer.torn for layer in layers), paths)
+    known = Known(
+        written=frozenset(_written(layers)),
+        stubs=frozenset(name for name in draft.models if _is_stub(_value(merged, ("models", name)))),
+        torn=any(layer.torn for layer in layers),
+        troubled=bool(problems),
+        paths=paths,
+    )
     problems |= _locate(broken(draft, known), layers)
     if problems:
         raise ConfigError(problems)
@@ -156,6 +162,10 @@ def _written(layers: Sequence[Layer]) -> Iterator[Key]:
         yield from (("defaults", key) for key in (defaults if isinstance(defaults, dict) else ()))
         for name, table in models.items() if isinstance(models, dict) else ():
             yield from (("models", name, key) for key in (table if isinstance(table, dict) else ("model",)))
+
+
+def _is_stub(table: Any) -> bool:
+    return isinstance(table, dict) and bool(table) and all(isinstance(value, dict) for value in table.values())
 
 
 def _without_effect(draft: Draft) -> Iterator[Fault]:

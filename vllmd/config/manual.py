@@ -48,9 +48,9 @@ env = { OMP_NUM_THREADS = "2" }
 _INTRO: Final = {
     Section.DAEMON: "## [daemon]\n\nThe daemon itself.",
     Section.HTTP: "## [http]\n\nThe status API over TCP.",
-    Section.DEVICES: '## [devices."*"]\n\nThe budget of a device is its total less `reserve`, at most `limit`. In place of '
-    '`*` an index (`[devices.0]`), a UUID (`[devices."GPU-..."]`) or `cpu` (the machine\'s memory, where there is no GPU); '
-    "`*` is for all without a table of their own.",
+    Section.DEVICES: '## [devices."*"]\n\nThe budget of a device is its total less `reserve`, at most `limit`. In place '
+    'of `*` an index (`[devices.0]`), a UUID (`[devices."GPU-..."]`) or `cpu` (the machine\'s memory, where there is no '
+    "GPU); `*` is for all without a table of their own.",
     Section.MODELS: "## [models.NAME] and [defaults]\n\nOne table for each model; `[defaults]` takes the same keys for "
     "all.",
     Section.RESTART: "### restart\n\nA table in a model: `restart = { max_failures = 3 }`. A crash is any end of the "

@@ -12,6 +12,8 @@ from vllmd.config import engine, kinds, names
 from vllmd.config.kinds import Bad, Fault, Kind, Place, choice, duration, whole
 from vllmd.config.problems import nearest, quote
 
+_ENOUGH: Final = 50  # faults of one table after which no more hints are sought: that is not our file
+
 
 class Section(StrEnum):
     """The tables of the file; `restart` is the one inside a model."""
@@ -56,7 +58,8 @@ def read_table(
     faults: list[Fault] = []
     for key, value in table.items():
         if key not in options:
-            faults.append(unknown(options, key, value))
+            near = len(faults) < _ENOUGH
+            faults.append(unknown(options, key, value) if near else Fault("unknown key", at=(key,)))
         else:
             try:
                 values[key] = options[key].kind.read(value, place(key))
@@ -67,13 +70,13 @@ def read_table(
 
 def unknown(options: Mapping[str, Option], key: str, value: Any) -> Fault:
     """The fault of a key that the table does not have, with the one that was surely meant."""
+    if homes := [option.section for option in OPTIONS if option.key == key]:
+        return Fault("unknown key", f"it belongs into {header(homes[0])}", (key,))
     if near := nearest(key, options):
         return Fault("unknown key", f"did you mean {near}?", (key,))
     if isinstance(value, dict) and Section.MODELS in {o.section for o in options.values()}:
         return Fault("unknown key", 'a model\'s name with a dot needs quotes: [models."a.b"]', (key,))
-    homes = [o.section for o in OPTIONS if o.key == key]
-    hint = f"it belongs into {header(homes[0])}" if homes else "known: " + ", ".join(options)
-    return Fault("unknown key", hint, (key,))
+    return Fault("unknown key", "known: " + ", ".join(options), (key,))
 
 
 def header(section: Section) -> str:

@@ -18,9 +18,10 @@ import tomli
 from vllmd.config.positions import positions, statements
 from vllmd.config.problems import Key, Problem, spell
 
-MAX_BYTES: Final = 1 << 20
+MAX_BYTES: Final = 1 << 19
 _DEPTH: Final = 24
 _TRIES: Final = 40
+_EFFORT: Final = 1 << 20  # characters to parse again and again before giving up on a broken text
 _MARK: Final = '"\\u0000"'  # stands for a value that could not be parsed; as TOML
 _BROKEN: Final = "\0"  # the same, as parsed
 _END: Final = 1 << 60  # a line beyond every file: nothing was wrong
@@ -29,7 +30,7 @@ _HEADER: Final = re.compile(r"\s*\[\[?\s*([^\]#]*)")
 _NAME: Final = r"(?:[A-Za-z0-9_-]+|\"[^\"\\\n]*\"|'[^'\n]*')"
 _DOTTED: Final = re.compile(rf"\s*({_NAME}(?:\s*\.\s*{_NAME})*)")
 _WORDS: Final = {  # tomli's words -> what they mean to the writer of the file, and what to do
-    "Illegal character '\\n'": ("the string is not closed", "end it with the quote it began with"),
+    "Illegal character '\\n'": ("the string is not closed", "end it with the quotes it began with"),
     "Unterminated string": ("the string is not closed", "end it with the quotes it began with"),
     "Unclosed array": ("the array is not closed", "a comma or ] is missing"),
     "Unclosed inline table": ("the table is not closed", "a comma or } is missing"),
@@ -38,7 +39,7 @@ _WORDS: Final = {  # tomli's words -> what they mean to the writer of the file, 
     "Expected '=' after a key": ("is not key = value", ""),
     "Invalid statement": ("is not key = value", ""),
     "Expected ']": ("the header is not closed", "[section] or [section.name]"),
-    "Expected newline": ("something follows the value", "a quote or a comment sign # is missing"),
+    "Expected newline": ("something follows the value", "strings need quotes, comments a #"),
     "Cannot declare": ("this table stands here twice", "join the two"),
 }
 
@@ -85,7 +86,7 @@ def parse(content: bytes, file: str, folder: Path) -> Layer:
     """The layer that `content` is. Raises nothing: what is wrong is in its problems."""
     layer = Layer(file, folder)
     if len(content) > MAX_BYTES:
-        layer.problems.append(Problem(file, 0, "", "is longer than 1 MiB"))
+        layer.problems.append(Problem(file, 0, "", "is longer than 512 KiB"))
         layer.torn = True
         return layer
     try:
@@ -102,7 +103,7 @@ def _recover(text: str, layer: Layer) -> None:
     """Fill the layer with what `text` says, its broken statements mended, and their problems."""
     now = _attempt(text.split("\n"))
     errors: list[Problem] = []
-    tries = _TRIES if len(text) < 100_000 else 4
+    tries = max(4, min(_TRIES, _EFFORT // (len(text) + 1)))
     while now.error < _END and len(errors) < tries:
         known = statements("\n".join(now.lines))
         start = max((line for line in known if line <= now.error), default=now.error)
@@ -110,7 +111,7 @@ def _recover(text: str, layer: Layer) -> None:
         mend, after = max(mends, key=lambda pair: pair[1].error)
         words = _words(now.message, mend.line < now.error)
         errors.append(Problem(layer.file, mend.line, spell(known.get(start, ())), *words))
-        layer.torn |= mend.torn
+        layer.torn |= mend.torn and not now.message.startswith("Cannot")  # what stands twice is not lost
         now = after
     layer.text = "\n".join(now.lines)
     if now.error < _END:
@@ -121,7 +122,7 @@ def _recover(text: str, layer: Layer) -> None:
         layer.torn = True
     else:
         layer.data = now.data
-    if errors:
+    if True:
         layer.problems += errors
         _prune(layer.data, (), layer.holes)
 

@@ -24,7 +24,7 @@ _STRING: Final = re.compile(
     re.DOTALL,
 )
 _SCALAR: Final = re.compile(r"[^,\]}#\n]*")
-_DEPTH: Final = 40  # nesting beyond which elements are passed over without being noted
+_DEPTH: Final = 40  # length of a path beyond which nothing is noted: else the work would grow with its square
 
 
 def positions(text: str) -> dict[Key, int]:
@@ -64,7 +64,7 @@ class _Scan:
         return self.text.startswith(sign, self.at)
 
     def note(self, path: Key, line: int) -> None:
-        for end in range(1, len(path) + 1):
+        for end in range(1, min(len(path), _DEPTH) + 1):
             self.lines.setdefault(path[:end], line)
 
     def statement(self) -> None:
@@ -114,13 +114,13 @@ class _Scan:
             if not self.next_is("."):
                 break
             self.at += 1
-        return tuple(parts)
+        return tuple(parts[:_DEPTH])
 
-    def value(self, path: Key, depth: int = 0) -> None:
+    def value(self, path: Key) -> None:
         """Pass over the value here, noting what is inside it under `path`."""
         if self.next_is("[") or self.next_is("{"):
-            if depth < _DEPTH:
-                self.members(path, depth, "]" if self.next_is("[") else "}")
+            if len(path) < _DEPTH:
+                self.members(path, "]" if self.next_is("[") else "}")
             else:
                 self.balance()
         elif self.next_is('"') or self.next_is("'"):
@@ -128,7 +128,7 @@ class _Scan:
         else:
             self.skip(_SCALAR)
 
-    def members(self, path: Key, depth: int, end: str) -> None:
+    def members(self, path: Key, end: str) -> None:
         """Pass over an array or an inline table. Each round either moves on or leaves."""
         self.at += 1
         index = 0
@@ -144,14 +144,14 @@ class _Scan:
                 inner: Key = (*path, index)
                 self.note(inner, self.line())
                 index += 1
-                self.value(inner, depth + 1)
+                self.value(inner)
             elif name := self.key():
                 self.note(path + name, self.line())
                 self.skip(_SPACE)
                 if self.next_is("="):
                     self.at += 1
                     self.skip(_SPACE)
-                    self.value(path + name, depth + 1)
+                    self.value(path + name)
             if self.at == before:
                 return
 

@@ -61,7 +61,7 @@ def spell(path: Key) -> str:
             text += f"[{part}]"
         else:
             name = part.partition("\0")[0]
-            text += ("." if text else "") + (name if _BARE.fullmatch(name) else json.dumps(name, ensure_ascii=False))
+            text += ("." if text else "") + (name if _BARE.fullmatch(name) else _quoted(name))
     return text
 
 
@@ -69,11 +69,11 @@ def quote(value: Any) -> str:
     """A value for a message, short, and without what a substitution put into it."""
     match value:
         case Substituted():
-            text = json.dumps(value.raw, ensure_ascii=False)
+            text = _quoted(value.raw)
         case bool():
             text = str(value).lower()
         case str():
-            text = json.dumps(value, ensure_ascii=False)
+            text = _quoted(value)
         case dict():
             return "a table"
         case list():
@@ -83,8 +83,15 @@ def quote(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _quoted(text: str) -> str:
+    """In quotes, with nothing in it that a terminal would obey."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in json.dumps(text, ensure_ascii=False))
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` was surely meant to be, if there is one."""
+    if len(name) > 60:
+        return None
     spellings = {k.lower().replace("-", "_"): k for k in known}
     found = difflib.get_close_matches(name.lower().replace("-", "_"), spellings, n=1, cutoff=0.6)
     return spellings[found[0]] if found else None

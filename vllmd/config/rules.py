@@ -8,7 +8,7 @@ from typing import Any, Final
 from vllmd.config.draft import Draft
 from vllmd.config.kinds import Fault
 from vllmd.config.options import RESTART, SECTIONS, Section, default_of
-from vllmd.config.problems import Key, quote, spell
+from vllmd.config.problems import Key, nearest, quote, spell
 from vllmd.units import gib
 
 _SOCKET_BYTES: Final = 100  # the kernel takes 107; the rest is for a temporary name beside it
@@ -17,10 +17,16 @@ _ENGINE_SOCKET_BYTES: Final = 107
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What was seen in the files beside the draft: keys that were written but are wrong, and paths with defaults."""
+    """What is known of the files beside the draft.
+
+    `written`: the paths of models' keys, right or wrong. `stubs`: models that only have tables, [models.x.env] but no
+    [models.x]. `torn`: lines are lost; `troubled`: there are other problems. `paths` of [daemon], with defaults.
+    """
 
     written: frozenset[Key]
+    stubs: frozenset[str]
     torn: bool
+    troubled: bool
     paths: dict[str, Path]
 
 
@@ -39,10 +45,16 @@ def broken(draft: Draft, known: Known) -> Iterator[Fault]:
 
 
 def _missing(names: list[str], known: Known) -> Iterator[Fault]:
+    """Models without `model`, but for those where that surely comes from another mistake, which has been reported."""
+    meant = {path[:-1] for path in known.written if path[-1] == "model" or _means_model(str(path[-1]))}
     for name in names:
-        there = ("models", name, "model") in known.written or ("defaults", "model") in known.written
-        if not there and not known.torn:
+        excused = known.torn or (known.troubled and name in known.stubs)
+        if ("models", name) not in meant and ("defaults",) not in meant and not excused:
             yield Fault("needs the key model", 'model = "owner/name" or a path', ("models", name))
+
+
+def _means_model(key: str) -> bool:
+    return 3 <= len(key) <= 7 and key not in SECTIONS[Section.MODELS] and nearest(key, SECTIONS[Section.MODELS]) == "model"
 
 
 def _ports(draft: Draft, names: list[str]) -> Iterator[Fault]:

@@ -163,6 +163,7 @@ class Core:
 
     def _boot(self, now: float) -> None:
         for inst in self.world.instances.values():
+            inst.since = now
             if inst.spec.autostart and inst.state is State.STOPPED:
                 starts.want(self.world, inst, now, patient=True)
 

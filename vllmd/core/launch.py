@@ -108,6 +108,9 @@ def environment(
         "VLLM_CACHE_ROOT": str(at.cache / "vllm"),
         "VLLM_CONFIG_ROOT": str(at.cache / "config"),
         "TRITON_CACHE_DIR": str(at.cache / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(
+            at.cache / "inductor"
+        ),  # its default is below TMPDIR, which is each attempt's own
         "FLASHINFER_WORKSPACE_BASE": str(at.cache / "flashinfer"),
         "TMPDIR": scratch,
         "VLLM_RPC_BASE_PATH": scratch,

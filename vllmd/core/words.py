@@ -111,12 +111,12 @@ def starting(world: World, inst: Instance, now: float) -> Why:
         rest = f"no sign of life for {span(quiet)}, given up at {span(inst.spec.start_stall)}"
         tail = f"silent {span(quiet)}"
     elif view.usual is None:
-        rest, tail = "first start, no estimate yet", span(so_far)
+        rest, tail = "first start, no estimate yet", seconds(so_far)
     elif so_far > view.usual:
         rest, tail = f"{span(so_far - view.usual)} longer than usual", f"{span(so_far - view.usual)} late"
     else:
         rest, tail = f"about {span(view.left or 0)} left", f"{span(view.left or 0)} left"
-    text = f"{word} {figure}".rstrip() + f" · {span(so_far)} so far · {rest}"
+    text = f"{word} {figure}".rstrip() + f" · {seconds(so_far)} so far · {rest}"
     short = f"{brief} {figure}".rstrip() + f", {tail}"
     if len(short) > 24:
         short = f"{brief}, {tail}"
@@ -133,6 +133,11 @@ def ready(world: World, inst: Instance) -> Why:
             text = f"uses {gib(over)} more than the {gib(size)} reserved on {on}"
             return Why("overrun", text, f"{gib(over)} over", (Remedy(f"raise models.{inst.spec.name}.vram"),))
     return Why("", inst.leak, "")
+
+
+def seconds(value: float) -> str:
+    """A running time: "0 s" rather than "938 ms"."""
+    return span(value) if value >= 1 else "0 s"
 
 
 def draining(inst: Instance, now: float) -> Why:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from vllmd.ctl.look import AMBER, CYAN, DIM, GREEN, Look
-from vllmd.ctl.words import clean, field, gib, listed, number, pad, shorten, span, width
+from vllmd.ctl.words import GIB, clean, field, gib, listed, number, pad, shorten, span, width
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -147,12 +147,13 @@ def device_facts(status: dict[str, Any], device: dict[str, Any], look: Look) -> 
         reserved, used = holding(model, device.get("id"))
         if reserved or used:
             rows.append((clean(model.get("name")), gib(max(reserved, used)), f"reserved, {gib(used)} used"))
+    external = unnamed = field(device, "external")
     for process in listed(device, "external_processes"):
-        name = f"{clean(process.get('name'))}[{field(process, 'pid'):.0f}]"
-        rows.append((name, gib(field(process, "used")), "not vllmd's"))
-    external = field(device, "external")
-    unnamed = external - sum(field(process, "used") for process in listed(device, "external_processes"))
-    if unnamed >= 0.05 * (1 << 30):
+        if (size := field(process, "used")) >= 0.05 * GIB:
+            name = f"{clean(process.get('name'))}[{field(process, 'pid'):.0f}]"
+            rows.append((name, gib(size), "not vllmd's"))
+            unnamed -= size
+    if unnamed >= 0.05 * GIB:
         rows.append(("other programs", gib(unnamed), "not vllmd's"))
     rows.append(("free", gib(field(device, "free")), ""))
     held = sum(max(holding(model, device.get("id"))) for model in listed(status, "models"))

@@ -132,6 +132,11 @@ _vllmctl() {{
   commands=(
 {described}
   )
+  while (( CURRENT > 2 )) && [[ $words[2] == -* ]]; do  # global options before the command
+    [[ $words[2] == (--socket|--color) ]] && {{ shift words; (( CURRENT-- )) }}
+    shift words
+    (( CURRENT-- ))
+  done
   if (( CURRENT == 2 )); then
     _describe command commands
     return

@@ -15,32 +15,26 @@ if TYPE_CHECKING:
     from vllmd.ctl.call import Call
 
 
-def vllmd(*arguments: str, capture: bool = False) -> tuple[int, list[str]]:
-    """Run the vllmd that belongs to this vllmctl: (exit code, lines of output if captured)."""
+def vllmd(*arguments: str) -> int:
+    """Run the vllmd that belongs to this vllmctl; its exit code."""
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    sys.stdout.flush()
     # -P: a folder called vllmd where we happen to stand is not it
     command = [sys.executable, "-P", "-m", "vllmd", *arguments]
-    done = subprocess.run(command, env=environment, text=True, errors="replace", capture_output=capture, check=False)
-    return done.returncode if done.returncode >= 0 else FAILED, f"{done.stdout or ''}{done.stderr or ''}".splitlines()
+    code = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, check=False).returncode
+    return code if code >= 0 else FAILED
 
 
 def validate(call: Call) -> int:
     """All problems of a file with their places; BAD_CONFIG if there are any."""
-    sys.stdout.flush()
-    named = [call.args.file] if call.args.file else []
-    if not call.args.json:
-        return vllmd("--check-config", *named)[0]
-    code, lines = vllmd("--check-config", *named, capture=True)
-    print_json({"ok": code == OK, "messages": lines})
-    return code
+    check = f"--check-config={call.args.file}" if call.args.file else "--check-config"
+    return vllmd(check, "--json") if call.args.json else vllmd(check)
 
 
 def schema(call: Call) -> int:
     """The JSON schema of the configuration."""
-    sys.stdout.flush()
-    return vllmd("--print-schema")[0]
+    return vllmd("--print-schema")
 
 
 def reload(call: Call) -> int:
@@ -52,9 +46,10 @@ def reload(call: Call) -> int:
         problems = nested(error, "data").get("problems")
         if refused.status not in (400, 422):
             raise
-        complain(refused.message, *refused.hints)
-        for problem in problems if isinstance(problems, list) else []:
-            print(clean(problem), file=sys.stderr)
+        found = [clean(problem) for problem in problems] if isinstance(problems, list) else []
+        complain(refused.message, *(hint for hint in refused.hints if hint not in found))
+        for problem in found:
+            print(problem, file=sys.stderr)
         return BAD_CONFIG
     if call.args.json:
         print_json(answer)
@@ -66,16 +61,14 @@ def reload(call: Call) -> int:
 
 
 def plan_lines(plan: dict[str, object]) -> list[str]:
-    """What happens to whom: {"restart": ["chat"]} or {"models": {"chat": "restart"}}; nothing where nothing is said."""
+    """What happens to whom, of {"models": {"chat": "restart (vram)"}, "live": [keys]}; unchanged models are counted."""
     lines = []
     for what, whom in plan.items():
         if isinstance(whom, list) and whom:
-            names = ", ".join(
-                clean(each.get("name") or each.get("text")) if isinstance(each, dict) else clean(each) for each in whom
-            )
-            lines.append(f"  {clean(what)}: {names}")
+            lines.append(f"  {clean(what)}: {', '.join(map(clean, whom))}")
         elif isinstance(whom, dict):
-            lines += [f"  {clean(name)}: {clean(said)}" for name, said in whom.items()]
-        elif whom not in (None, "", [], False):
-            lines.append(f"  {clean(what)}: {clean(whom)}")
+            said = {clean(name): clean(verdict) for name, verdict in whom.items()}
+            lines += [f"  {name}: {verdict}" for name, verdict in said.items() if verdict != "unchanged"]
+            same = sum(verdict == "unchanged" for verdict in said.values())
+            lines += [f"  {same} {clean(what)} unchanged"] if same else []
     return lines

@@ -78,7 +78,7 @@ def spell(key: str, value: object, indent: str = "") -> list[str]:
     """`value` as indented text. Command lines are spelt to be pasted; nothing is left out but what is empty."""
     name = clean(key)
     match value:
-        case None | "" | [] | {}:
+        case _ if value in (None, "", [], {}):
             return []
         case dict():
             inner = [line for each, item in value.items() for line in spell(str(each), item, indent + "  ")]
@@ -129,15 +129,17 @@ def plan_lines(row: dict[str, Any], look: Look) -> list[str]:
     size = f"{sized(need)}" if need else "?"
     if not row.get("fits"):
         sign = "×" if look.unicode else "x"
-        text = clean(row.get("text")) or f"needs {size}, does not fit"
+        text = clean(row.get("text")).removeprefix(f"cannot start {name}: ") or f"needs {size}, does not fit"
         return [fold_ascii(line, look) for line in wrap(f"{look.paint(AMBER, sign)} {name}: {text}", look.columns)]
     devices = row.get("devices")
     where = ", ".join(clean(each) for each in devices) if isinstance(devices, list) else ""
     how = "measured" if row.get("measured") else "estimated"
-    lines = [f"{look.paint(GREEN, look.sign('ready')[0])} {name} fits{' on ' + where if where else ''}: {size} ({how})"]
+    now = ", but not beside what runs now" if row.get("fits_now") is False else ""
+    head = f"{name} fits{' on ' + where if where else ''}: {size} ({how}){now}"
+    lines = [f"{look.paint(GREEN, look.sign('ready')[0])} {head}"]
     parts = [f"{clean(part.get('label'))} {sized(field(part, 'size'))}" for part in listed(row, "parts")]
     lines += wrap("    " + " + ".join(parts), look.columns, "    ") if parts else []
-    lines += spell("flags", row.get("flags"), "    ")
+    lines += spell("flags", row.get("flags"), "    ") + spell("beside", row.get("beside"), "    ")
     return [fold_ascii(line, look) for line in lines]
 
 

@@ -110,6 +110,9 @@ class Feed:
             case "model" if isinstance(data, dict) and self._status:
                 self._put("models", "name", data)
                 self._at[str(data.get("name"))] = now
+            case "removed" if isinstance(data, dict) and self._status:
+                kept = [model for model in self._models() if model.get("name") != data.get("name")]
+                self._status = self._status | {"models": kept}
             case "device" if isinstance(data, dict) and self._status:
                 self._put("devices", "id", data)
 

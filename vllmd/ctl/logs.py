@@ -60,9 +60,10 @@ def line_text(line: object) -> str:
 
 
 def show_line(line: object, as_json: bool) -> None:
+    """Print one line. The states of a progress bar are left out for people: its last one comes as a line of its own."""
     if as_json:
         print(json.dumps(line))
-    else:
+    elif not (isinstance(line, dict) and line.get("progress")):
         print_lines([line_text(line)])
 
 

@@ -23,7 +23,7 @@ SIGNS = {
 
 
 class Look:
-    """How to draw. `columns` and `lines` 0 = without bound (a pipe)."""
+    """How to draw. `columns` 0 = without bound (a pipe); `lines` 0 = no terminal, so nothing can be redrawn."""
 
     __slots__ = ("colour", "columns", "lines", "unicode")
 

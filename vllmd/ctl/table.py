@@ -181,12 +181,12 @@ def problems(models: list[dict[str, Any]], look: Look) -> list[str]:
     """What is wrong, in sentences, each with what to do: failed, backoff, and warnings about ready models."""
     lines = []
     for model in models:
-        state, why = clean(model.get("state")), nested(model, "why")
-        text = clean(why.get("text"))
+        state, why, name = clean(model.get("state")), nested(model, "why"), clean(model.get("name"))
+        text = clean(why.get("text")).removeprefix(f"cannot start {name}: ")  # the name stands before it already
         if not text or not (state in TROUBLE or state == "ready"):
             continue
         sign, sgr = look.sign("backoff" if state == "ready" else state)
-        sentence = wrap(f"{sign} {clean(model.get('name'))}: {text}", look.columns)
+        sentence = wrap(f"{sign} {name}: {text}", look.columns)
         lines += [look.paint(sgr, line) for line in sentence] + remedies(why, look)
     return [fold_ascii(line, look) for line in lines]
 

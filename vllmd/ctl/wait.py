@@ -14,7 +14,7 @@ from vllmd.ctl.call import complain, print_json, print_lines
 from vllmd.ctl.faults import FAILED, INTERRUPTED, NO_ROOM, OK, TIMEOUT, Garbled, Unreachable, Usage
 from vllmd.ctl.feed import Feed
 from vllmd.ctl.look import Look, look_at
-from vllmd.ctl.table import remark, rows
+from vllmd.ctl.table import fold_ascii, remark, rows
 from vllmd.ctl.words import clean, field, gib, listed, nested, number, sized, span
 
 TYPE_CHECKING = False
@@ -137,7 +137,9 @@ class Waiting:
                     raise Unreachable(
                         f"cannot hear vllmd for {span(PATIENCE)}: stopped waiting", "systemctl status vllmd"
                     )
-                feed.poll(self._pause())
+                for kind, data in feed.poll(self._pause())[0]:
+                    if kind == "model" and isinstance(data, dict) and data.get("name") in self._left:
+                        self._say(data)
         except KeyboardInterrupt:
             return outcomes + self._leave(feed, INTERRUPTED)
         finally:
@@ -148,7 +150,7 @@ class Waiting:
     def _pause(self) -> float:
         limit = self._call.args.timeout
         left = 1.0 if limit is None else self._began + limit - time.monotonic()
-        return max(0.0, min(1.0 if self._look.columns else 5.0, left))
+        return max(0.0, min(1.0 if self._look.lines else 5.0, left))
 
     def _step(self, feed: Feed, outcomes: list[Outcome]) -> None:
         """Look at everybody once; report who has arrived, draw the rest."""
@@ -213,14 +215,9 @@ class Waiting:
 
     def _draw(self, models: list[dict[str, Any]]) -> None:
         """On a terminal the rows of who is on the way, redrawn in place; else a line per change."""
-        if not self._look.columns:
-            for model in models:
-                name = clean(model.get("name"))
-                now = clean(model.get("phase")) or clean(model.get("state"))
-                if self._said.get(name) != now:
-                    self._said[name] = now
-                    text = clean(nested(model, "why").get("text"))
-                    print(f"{name}: {clean(model.get('state'))}{': ' + text if text else ''}", file=sys.stderr)
+        for model in models:
+            self._say(model)
+        if not self._look.lines:
             return
         room = max(1, self._look.lines - 2)
         lines = rows(models, self._look, heads=False)
@@ -229,6 +226,17 @@ class Waiting:
         self._erase()
         print("\n".join(lines), file=sys.stderr, end="\n" if lines else "", flush=True)
         self._drawn = len(lines)
+
+    def _say(self, model: dict[str, Any]) -> None:
+        """Where rows cannot be redrawn, a line for each new state or phase: also for one that is over already."""
+        name, state = clean(model.get("name")), clean(model.get("state"))
+        now = f"{state} {clean(model.get('phase'))}"
+        if self._look.lines or self._quiet or self._said.get(name) == now or verdict(self._verb, model) is not None:
+            return
+        self._said[name] = now
+        text = clean(nested(model, "why").get("text"))
+        line = f"{name}: {state}{': ' + text if text else ''}"
+        print(fold_ascii(line, self._look), file=sys.stderr, flush=True)
 
     def _erase(self) -> None:
         if self._drawn:

@@ -1,8 +1,8 @@
 """A vLLM installation seen from outside: importing it takes 15-75 s, reading three of its sources a twentieth of one.
 
 From the command to its environment (the interpreter in its first line, or the directory it lies in), from there to the
-version in the distribution's metadata and the flags in the sources of `vllm serve`. What cannot be told is None, and then
-nothing is refused for it.
+version in the distribution's metadata and the flags in the sources of `vllm serve`. What cannot be told is None, and
+then nothing is refused for it.
 
 Flags as vLLM's own parser takes them: "_" and "-" are the same up to the first ".", what follows a "." is a path into a
 JSON value, and "no-" before a boolean turns it off. An unambiguous beginning is taken by the parser too; we ask for the
@@ -50,7 +50,7 @@ class Installation:
 
 
 def find_executable(name: str, command: str, env: Mapping[str, str]) -> Path | Cause:
-    """The command as an absolute path: in PATH, or where it is written. Links are kept: an environment is found by them."""
+    """The command as an absolute path: in PATH, or where it is written. A link is kept: it tells the environment."""
     if "/" not in command and not command.startswith("~"):
         found = shutil.which(command, path=env.get("PATH", os.defpath))
         if found:
@@ -232,7 +232,7 @@ def knows_config(package: Path, model_type: str) -> bool | None:
 
 @functools.lru_cache(maxsize=32)
 def words(file: Stamp) -> frozenset[str]:
-    """Every string and keyword of a source file: its tables are written as one or the other. Too much errs to "known"."""
+    """Every string and keyword of a source file: tables are written as one or the other. Too much errs to "known"."""
     try:
         tree = ast.parse(file[0].read_bytes())
     except (OSError, SyntaxError, ValueError):

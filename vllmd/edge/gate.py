@@ -25,7 +25,7 @@ from vllmd.edge.route import Call, Route, reply
 from vllmd.edge.routes import ROUTES, check_name
 from vllmd.edge.stream import EventLog
 
-HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "vllmd"}
 Words = tuple[str, ...]
 
 
@@ -111,7 +111,7 @@ class Gate:
 
 def refuse(refusal: Refused) -> web.Response:
     """A refusal as a response. The connection ends with it: an unread body may stand in the way of the next request."""
-    response = reply(refusal.body(), refusal.status, refusal.headers)
+    response = reply(refusal.body(), refusal.status, {**HEADERS, **refusal.headers})
     if refusal.status in (400, 408, 413, 421):
         response.force_close()
     return response

@@ -21,6 +21,7 @@ HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     "X-Accel-Buffering": "no",
+    "Server": "vllmd",
 }
 
 

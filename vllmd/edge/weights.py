@@ -1,7 +1,7 @@
 """The files of a model: configuration, weights and whether they are whole.
 
-A safetensors file begins with eight bytes that give the length of a JSON header, which says where each tensor ends; so the
-header alone tells what the file must weigh, and a download that was cut short is seen in a millisecond.
+A safetensors file begins with eight bytes that give the length of a JSON header, which says where each tensor ends; so
+the header alone tells what the file must weigh, and a download that was cut short is seen in a millisecond.
 """
 
 import functools
