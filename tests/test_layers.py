@@ -8,17 +8,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "vllmd"
 VALUES = {"vllmd", "vllmd.spec", "vllmd.events", "vllmd.units", "vllmd.modelconfig"}
-WIRING = {"vllmd.attempt", "vllmd.daemon", "vllmd.service", "vllmd.places", "vllmd.__main__"}
+WIRING = {"vllmd.attempt", "vllmd.daemon", "vllmd.service", "vllmd.places", "vllmd.voice", "vllmd.__main__"}
 
 #: One edge may be several files. A file imports values and its own edge; `tasks` is the one tool that all may use.
 EDGES = {
     "process": {"process", "procfs", "tree", "kill", "leftovers", "listener", "cgroup"},
-    "logs": {"logfile", "logread", "logtext", "rotate"},
+    "logs": {"logfile", "logread", "logtext", "logview"},
     "http": {
         "http", "gate", "route", "routes", "params", "schemas", "openapi", "backend", "sse", "stream", "metrics",
     },
     "devices": {"devices", "nvml", "ram"},
-    "inspect": {"inspect", "install", "weights", "hub", "ports", "flags"},
+    "inspect": {"inspect", "engine", "hub", "port", "weights"},
     "probe": {"probe"},
     "store": {"store"},
     "journal": {"journal"},
@@ -111,7 +111,7 @@ def test_the_daemon_never_imports_what_it_supervises() -> None:
 
 
 #: Files that may be longer than 320 lines, each with its reason (HACKING.md has them too).
-LONG: dict[str, str] = {}
+LONG = {"vllmd.events": "the two vocabularies are one file on purpose: it is the whole border of the core"}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -5,6 +5,7 @@ Everything it learns becomes an event with its attempt's number; it decides noth
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,9 @@ from vllmd.edge.listener import listener_owner
 from vllmd.edge.logread import tail
 from vllmd.edge.probe import Counters, Probe, ProbeError
 from vllmd.edge.process import Child, spawn
-from vllmd.edge.procfs import Member, Table, read_table
+from vllmd.edge.procfs import Member, Table, bytes_read, read_table
 from vllmd.edge.tasks import Tasks
-from vllmd.edge.tree import TreeWatch
+from vllmd.edge.tree import TreeWatch, fast_members
 from vllmd.events import (
     Alive,
     Broken,
@@ -203,8 +204,6 @@ class Attempt:
 
     def _members_now(self) -> frozenset[int]:
         assert self.watch is not None
-        from vllmd.edge.tree import fast_members
-
         return frozenset(member.pid for member in fast_members(self.watch.leader, self.watch.known, table=read_table()))
 
     async def _pulses(self) -> None:
@@ -305,19 +304,8 @@ ENGINE_NAMES = {"EngineCor": "EngineCore"}
 
 def how_it_ended(status: int | None) -> str:
     """ "exited with code 1", "killed by SIGKILL"."""
-    import signal
-
     if status is None:
         return "ended"
     if status < 0:
         return f"killed by {signal.Signals(-status).name}"
     return f"exited by itself with code {status}"
-
-
-def bytes_read(pid: int) -> int:
-    """Bytes that the process has read so far, page cache included; 0 when it cannot be told."""
-    try:
-        text = Path(f"/proc/{pid}/io").read_text()
-    except OSError:
-        return 0
-    return int(text.partition("rchar: ")[2].partition("\n")[0] or 0)

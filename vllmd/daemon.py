@@ -13,7 +13,6 @@ from typing import assert_never
 
 from vllmd import __version__
 from vllmd.attempt import Attempt, Shared
-from vllmd.core import view
 from vllmd.core.cause import parse_rules
 from vllmd.core.core import Core
 from vllmd.core.launch import Places
@@ -35,7 +34,6 @@ from vllmd.events import (
     Boot,
     Canary,
     Command,
-    DevicesRead,
     Event,
     Finish,
     Forget,
@@ -51,9 +49,10 @@ from vllmd.events import (
     Spawn,
     Terminate,
 )
-from vllmd.places import mark_of, scratch_root
+from vllmd.places import hf_home, mark_of, scratch_root
 from vllmd.service import Service
 from vllmd.spec import Cause, Settings
+from vllmd.voice import Voice
 
 LOOK_EVERY, LOOK_BUSY, LOOK_SOONEST = 5.0, 1.0, 0.1  # seconds between looks at processes and devices
 SAVE_AFTER = 0.2  # seconds that changes are collected before they are written
@@ -66,6 +65,7 @@ class Daemon:
         self.settings, self.path, self.log = settings, path, log
         self.started = time.monotonic()
         self.events = EventLog()
+        self.voice = Voice(log, self.events)
         self.store = Store(settings.daemon.state_dir)
         self.tasks = Tasks(self._task_failed)
         self.devices = Devices()
@@ -127,7 +127,7 @@ class Daemon:
             spec.log_size,
             spec.log_keep,
             cgroup.delegated_root(),
-            lambda text: self._note(Note("log", text, "error")),
+            lambda text: self.voice.note(Note("log", text, "error")),
         )
         self._complain()
         first = await asyncio.to_thread(self.devices.read, {})
@@ -176,7 +176,7 @@ class Daemon:
         """Hand an event to the core. From the event loop only."""
         self._queue.put_nowait(event)
 
-    def ask(self, event_of: "type[Event] | None" = None) -> tuple[int, asyncio.Future[Answer]]:
+    def ask(self) -> tuple[int, asyncio.Future[Answer]]:
         """A new ticket and the future that its one answer resolves."""
         self._tickets += 1
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -196,7 +196,7 @@ class Daemon:
             self.do(command)
             touched.add(getattr(command, "instance", None))
         self._set_timer()
-        self._publish(event, touched, now)
+        self.voice.changed(self.core.world, event, touched, now)
 
     def _set_timer(self) -> None:
         if self._timer is not None:
@@ -206,16 +206,6 @@ class Daemon:
         if due is not None:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(max(0.0, due - time.monotonic()), self._queue.put_nowait, None)
-
-    def _publish(self, event: Event | None, touched: set[str | None], now: float) -> None:
-        world = self.core.world
-        for name in touched:
-            inst = world.instances.get(name) if name else None
-            if inst is not None:
-                self.events.publish("model", view.model(world, inst, now), key=f"model:{inst.id}")
-        if isinstance(event, DevicesRead):
-            for device in view.devices(world, now):
-                self.events.publish("device", device, key=f"device:{device['id']}")
 
     def do(self, command: Command) -> None:
         """Carry out one command; nothing here waits."""
@@ -245,30 +235,13 @@ class Daemon:
                 self._unsaved.set()
             case Forget():
                 self.attempts.pop(command.instance, None)
-                self.events.forget(f"model:{command.instance}")
-                self.events.publish("removed", {"name": command.instance})
+                self.voice.removed(command.instance)
             case Note():
-                self._note(command)
+                self.voice.note(command)
             case Finish():
                 self._finished.set()
             case _:
                 assert_never(command)
-
-    def _note(self, note: Note) -> None:
-        say = getattr(self.log, note.level)
-        say(note.text, model=note.instance or note.device, kind=note.kind, attempt=note.attempt)
-        self.events.publish(
-            "note",
-            {
-                "time": time.time(),
-                "kind": note.kind,
-                "level": note.level,
-                "text": note.text,
-                "model": note.instance,
-                "attempt": note.attempt,
-                "device": note.device,
-            },
-        )
 
     # -- tasks
 
@@ -330,7 +303,7 @@ class Daemon:
 
     def _complain(self) -> None:
         for text in self.store.complaints():
-            self._note(Note("store", text, "error"))
+            self.voice.note(Note("store", text, "error"))
 
     def _task_failed(self, name: str, error: BaseException) -> None:
         """A bug. Models are ended by the same path as always; whoever started us may start us again."""
@@ -338,17 +311,6 @@ class Daemon:
         self.log.error(f"internal error in {name}: {error!r}; vllmd ends", story=story, exc_info=error)
         self.exit_code = 1
         self._finished.set()
-
-
-def hf_home(cache_dir: Path) -> Path | None:
-    """Where downloads go: what the environment says; else, for a daemon without a home of its own, below its cache."""
-    if os.environ.get("HF_HOME"):
-        return Path(os.environ["HF_HOME"])
-    return (
-        cache_dir / "huggingface"
-        if os.geteuid() == 0 and not Path("~/.cache/huggingface").expanduser().is_dir()
-        else None
-    )
 
 
 async def run(settings: Settings, path: Path) -> int:

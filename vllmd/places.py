@@ -19,3 +19,14 @@ def scratch_root(runtime_dir: Path, mark: str) -> Path:
     if len(str(near)) <= LONGEST:
         return near
     return Path(tempfile.gettempdir()) / f"{mark}-{os.getuid()}"
+
+
+def hf_home(cache_dir: Path) -> Path | None:
+    """Where downloads go: what the environment says; else, for a daemon without a home of its own, below its cache."""
+    if os.environ.get("HF_HOME"):
+        return Path(os.environ["HF_HOME"])
+    return (
+        cache_dir / "huggingface"
+        if os.geteuid() == 0 and not Path("~/.cache/huggingface").expanduser().is_dir()
+        else None
+    )

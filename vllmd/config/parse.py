@@ -122,7 +122,7 @@ def _recover(text: str, layer: Layer) -> None:
         layer.torn = True
     else:
         layer.data = now.data
-    if True:
+    if errors:
         layer.problems += errors
         _prune(layer.data, (), layer.holes)
 

@@ -68,7 +68,7 @@ def diagnose(
     `status` is the leader's exit code (negative: signal; None: it runs, another process died), `what` happened as a
     sentence part, `phase` the last of the start. `ready`: it had served; only its last words count then.
     """
-    if status == 127 and not lines:  # it never ran
+    if not lines and what.startswith("cannot "):  # it never ran
         return Cause("cannot-run", what, "cannot run", heals=False, detail=what)
     if status is not None and -status in _FROM_OUTSIDE:
         return _ended(status, what, phase, ready)
@@ -87,7 +87,7 @@ def diagnose(
         found = _first(serious, endings)
     if found is None:
         return _ended(status, what, phase, ready)
-    return _by_rule(*found, phase, ready)
+    return _by_rule(*found, what, phase, ready)
 
 
 def _rule(row: Mapping[str, Any]) -> Rule:
@@ -100,7 +100,7 @@ def _rule(row: Mapping[str, Any]) -> Rule:
             heals in (True, "running"), row.get("ending", False), row.get("warning", False),
         )  # fmt: skip
         for template in (rule.short, rule.text, *rule.remedies):
-            template.format_map(dict.fromkeys(pattern.groupindex, ""))
+            template.format_map(dict.fromkeys(["what", *pattern.groupindex], ""))
     except re.error as error:
         raise ValueError(f"cannot use rule {kind}: its pattern is wrong ({error})") from None
     except KeyError as error:
@@ -117,8 +117,8 @@ def _first(said: Sequence[LogLine], rows: Sequence[Rule]) -> tuple[Rule, re.Matc
     return None
 
 
-def _by_rule(rule: Rule, match: re.Match[str], phase: Phase | None, ready: bool) -> Cause:
-    groups = match.groupdict()
+def _by_rule(rule: Rule, match: re.Match[str], what: str, phase: Phase | None, ready: bool) -> Cause:
+    groups = {"what": what or "the engine ended", **match.groupdict()}
     known = {name: value for name, value in groups.items() if value is not None}
     remedies = tuple(
         Remedy(text.format_map(known)) for text in rule.remedies

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllmd.edge.logfile import Follower
 from vllmd.edge.logread import since as lines_since
 from vllmd.edge.logread import tail
-from vllmd.edge.logfile import Follower
 
 
 class LogView:

@@ -141,10 +141,10 @@ are stable. Status 500 carries an id under which the journal has the story.
 
 **Events** (`GET /api/v1/events`) are server-sent: `snapshot` (the whole status) first, then `model` and `device`
 (whole objects, at most two a second for each, a change of state at once), `note` (what an operator may read: time,
-kind, level, text, model, attempt), `clock` each 5 s (nothing for 15 s = lost), `bye` when the daemon ends.
-`Last-Event-ID` or `?after=ID` resumes without a snapshot; what is older than the last 2000 events, or of an earlier
-run, gives `lost` and a snapshot. A reader that is too slow gets the same. `?follow=0` gives what is remembered as
-JSON lines.
+kind, level, text, model, attempt, device), `removed` (a model that is not configured any more), `clock` each 5 s
+(nothing for 15 s = lost), `bye` when the daemon ends. `Last-Event-ID` or `?after=ID` resumes without a snapshot; what
+is older than the last 2000 events, or of an earlier run, gives `lost` and a snapshot. A reader that is too slow gets
+the same. `?follow=0` gives what is remembered as JSON lines.
 
 **Bounds.** Body 1 MiB, a header line 8 KiB, 128 header lines; a request must be complete within 30 s; a client that
 takes nothing for 30 s is cut off; 500 connections on the socket and 500 on TCP, further ones get 503."""

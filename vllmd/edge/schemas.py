@@ -120,8 +120,16 @@ data            object          the plan: what happens to which model
 """,
     "Validation": """
 ok              boolean         whether it could be loaded
-problems        string[]        file:line: key: what is wrong and what is right
+problems        Problem[]       all that is wrong
 warnings        string[]        what is allowed but surely not meant
+""",
+    "Problem": """
+file            string          where
+line            integer         where in it; 0 = the whole file
+key             string          path of the key
+message         string          what is wrong
+hint            string          what is right
+text            string          all of it in one line
 """,
     "Line": """
 text            string          one line of the log, without control characters
