@@ -246,7 +246,8 @@ def test_waiting_survives_a_restart_of_vllmd(daemon: Daemon, capsys: pytest.Capt
 
     threading.Thread(target=restart, daemon=True).start()
     assert ctl(daemon, "start", "m") == 0
-    assert "m ready" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "m ready" in said.out and "vllmd is away" in said.err
 
 
 def test_json_of_a_start_is_its_outcomes(daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:

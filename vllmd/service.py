@@ -3,7 +3,6 @@
 import asyncio
 import os
 import socket
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -150,13 +149,10 @@ class Service:
 
     async def validate(self, text: str) -> dict[str, Any]:
         def check() -> dict[str, Any]:
-            with tempfile.TemporaryDirectory(prefix="vllmd-check-") as folder:
-                path = Path(folder) / "vllmd.toml"
-                path.write_text(text)
-                try:
-                    settings = load(path)
-                except ConfigError as error:
-                    return {"ok": False, "problems": [problem_row(p) for p in error.problems], "warnings": []}
+            try:
+                settings = load(self.daemon.path, content=text.encode())
+            except ConfigError as error:
+                return {"ok": False, "problems": [problem_row(p) for p in error.problems], "warnings": []}
             return {"ok": True, "problems": [], "warnings": list(settings.warnings)}
 
         return await asyncio.to_thread(check)

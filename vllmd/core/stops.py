@@ -175,6 +175,7 @@ def after_crash(world: World, inst: Instance, now: float) -> None:
     rule = inst.spec.restart
     cause = inst.verdict or Cause("crashed", f"{inst.id} ended and left no reason in its log", "crashed")
     set_cause(world, inst, cause, now)
+    inst.last, inst.last_at = cause, inst.broke_at
     if not inst.wanted or world.closing:
         world.move(inst, Move.REST, now, cause.text)
         return

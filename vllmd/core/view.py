@@ -10,6 +10,7 @@ from vllmd.core.ledger import Account, device_label
 from vllmd.core.states import HOLDING, State
 from vllmd.core.words import Why, explain, outlook
 from vllmd.core.world import Instance, World
+from vllmd.units import span
 
 Json = dict[str, Any]
 
@@ -127,6 +128,7 @@ def story(world: World, inst: Instance, now: float) -> Json:
         "failures": len(inst.failures),
         "restarts": inst.restarts,
         "why": why(explain(world, inst, now), now - inst.cause_at if cause else None),
+        "last_failure": f"{span(now - inst.last_at)} ago: {inst.last.text}" if inst.last and inst.last is not cause else "",
         "detail": cause.detail if cause else "",
         "phase": cause.phase if cause else "",
         "heals": cause.heals if cause else None,

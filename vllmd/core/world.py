@@ -80,6 +80,8 @@ class Instance:
     verdict: Cause | None = None  # why it is being ended, when vllmd itself decided so
     cause: Cause | None = None  # why it is not as wanted; cleared by the next success
     cause_at: float = 0.0
+    last: Cause | None = None  # of its latest crash, kept after it is well again
+    last_at: float = 0.0
     cause_memory: str = ""  # the memory sum at that moment
     changed: tuple[str, ...] = ()  # what is not as at the last good start
     failures: list[float] = field(default_factory=list)

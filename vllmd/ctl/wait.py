@@ -15,7 +15,7 @@ from vllmd.ctl.faults import FAILED, INTERRUPTED, NO_ROOM, OK, TIMEOUT, Garbled,
 from vllmd.ctl.feed import Feed
 from vllmd.ctl.look import Look, look_at
 from vllmd.ctl.table import fold_ascii, remark, rows
-from vllmd.ctl.words import clean, field, gib, listed, nested, number, sized, span
+from vllmd.ctl.words import GIB, clean, field, gib, listed, nested, number, sized, span
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ class Waiting:
         self._quiet = call.args.json
         self._look: Look = look_at(sys.stderr, call.args.color)
         self._drawn = 0
+        self._away = False
 
     def run(self) -> list[Outcome]:
         """Outcomes of all models. Ctrl-C and --timeout are outcomes too."""
@@ -133,10 +134,7 @@ class Waiting:
                 limit = self._call.args.timeout
                 if self._left and limit is not None and time.monotonic() - self._began >= limit:
                     return outcomes + self._leave(feed, TIMEOUT)
-                if (feed.lost or 0.0) > PATIENCE:
-                    raise Unreachable(
-                        f"cannot hear vllmd for {span(PATIENCE)}: stopped waiting", "systemctl status vllmd"
-                    )
+                self._check(feed)
                 for kind, data in feed.poll(self._pause())[0]:
                     if kind == "model" and isinstance(data, dict) and data.get("name") in self._left:
                         self._say(data)
@@ -146,6 +144,16 @@ class Waiting:
             self._erase()
             feed.close()
         return outcomes
+
+    def _check(self, feed: Feed) -> None:
+        """A vllmd that restarts is waited for, and that is said once. Raises Unreachable when it stays away."""
+        lost = feed.lost
+        if lost is not None and not self._away and not self._quiet:
+            self._erase()
+            print("vllmd is away; waiting for it to come back", file=sys.stderr, flush=True)
+        self._away = lost is not None
+        if (lost or 0.0) > PATIENCE:
+            raise Unreachable(f"cannot hear vllmd for {span(PATIENCE)}: stopped waiting", "systemctl status vllmd")
 
     def _pause(self) -> float:
         limit = self._call.args.timeout
@@ -193,7 +201,8 @@ class Waiting:
             back = f", {sized(self._held[name])} back" if self._held.get(name) else ""
             return Outcome(name, code, f"{name} stopped after {took}{back}", state=state)
         usual = f" (usually {span(self._usual[name])})" if name in self._usual else ""
-        memory = f", {gib(field(model, 'used'))} of {sized(field(model, 'reserved'))}" if field(model, "used") else ""
+        used = field(model, "used")  # by the last look at the devices, which may be older than the model
+        memory = f", {gib(used)} of {sized(field(model, 'reserved'))}" if used >= 0.05 * GIB else ""
         return Outcome(name, code, f"{name} ready after {took}{usual}{memory}", state=state)
 
     def _leave(self, feed: Feed, code: int) -> list[Outcome]:
