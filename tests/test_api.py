@@ -1,5 +1,6 @@
 """The API over real listeners: what each route answers, to whom, and how it refuses."""
 
+import gzip
 import io
 import json
 import os
@@ -169,11 +170,15 @@ async def test_a_wrong_method_names_the_right_ones(front: Front) -> None:
 
 
 async def test_bad_json_is_400(front: Front) -> None:
-    """Broken, too deep, not UTF-8, too big a number: 400; larger than 1 MiB: 413."""
+    """Broken, too deep, not UTF-8, packed, too big a number: 400; larger than 1 MiB: 413."""
     for body in (b"{", b"[" * 100_000, b"\xff", b'{"now": 1' + b"0" * 5000 + b"}", b'{"a": NaN}'):
         answer = await front.unix.post("/api/v1/reload", data=body)
         assert answer.status == 400, body[:20]
         await refusal(answer)
+    packed = gzip.compress(b"{}")
+    answer = await front.unix.post("/api/v1/reload", data=packed, headers={"Content-Encoding": "gzip"})
+    assert (answer.status, (await refusal(answer))["code"]) == (400, "bad-body")
+    assert front.stub.asked == []
     answer = await front.unix.post("/api/v1/reload", data=io.BytesIO(b"x" * ((1 << 20) + 1)))
     assert (answer.status, (await refusal(answer))["code"]) == (413, "too-large")
 

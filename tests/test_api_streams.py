@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import aiohttp
+import psutil
 import pytest
 
 from tests.stub_backend import Lines, fronted, read_frame
@@ -110,14 +111,29 @@ async def test_a_client_that_never_reads_is_cut_off(tmp_path: Path) -> None:
     """After `patience` its connection ends, and with it the handler."""
     async with fronted(tmp_path / "s", Limits(patience=0.2)) as front:
         reader, writer = await front.connect("unix")
-        writer.transport.pause_reading()  # type: ignore[attr-defined]
         writer.write(f"GET {EVENTS} HTTP/1.0\r\nHost: x\r\n\r\n".encode())
+        await read_frame(reader)
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
         async with asyncio.timeout(20):
             while front.listeners.connections:
                 front.events.publish("note", {"text": "x" * 50_000})
                 await asyncio.sleep(0.01)
         writer.transport.abort()
-        del reader
+
+
+async def test_a_client_that_never_reads_a_plain_answer_is_cut_off(tmp_path: Path) -> None:
+    """The same for what is no stream: it would be held in memory for as long as the client likes."""
+    async with fronted(tmp_path / "s", Limits(patience=0.2)) as front:
+        front.stub.value["daemon"]["config"] = "x" * (8 << 20)
+        _, writer = await front.connect("unix")
+        writer.write(b"GET /api/v1/status HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        async with asyncio.timeout(20):
+            while not front.listeners.connections:
+                await asyncio.sleep(0.01)
+            while front.listeners.connections:
+                await asyncio.sleep(0.01)
+        writer.transport.abort()
 
 
 async def test_a_client_that_leaves_takes_its_stream_with_it(tmp_path: Path) -> None:
@@ -162,19 +178,25 @@ async def test_stop_is_quick_although_a_client_does_not_read(tmp_path: Path) -> 
     """A stuck stream and a wish without an answer do not hold the daemon up."""
     async with fronted(tmp_path / "s") as front:
         front.stub.release = asyncio.Event()
-        _, stuck = await front.connect("unix")
-        stuck.transport.pause_reading()  # type: ignore[attr-defined]
+        reader, stuck = await front.connect("unix")
         stuck.write(f"GET {EVENTS} HTTP/1.0\r\nHost: x\r\n\r\n".encode())
+        await read_frame(reader)
+        stuck.transport.pause_reading()  # type: ignore[attr-defined]
         _, asking = await front.connect("unix")
         asking.write(b"POST /api/v1/models/alpha/start HTTP/1.1\r\nHost: x\r\n\r\n")
         async with asyncio.timeout(20):
             while not front.stub.asked:
-                front.events.publish("note", {"text": "x" * 50_000})
                 await asyncio.sleep(0.01)
+            for _ in range(40):  # more than any buffer on the way holds
+                front.events.publish("note", {"text": "x" * 50_000})
+                await asyncio.sleep(0)
         loop = asyncio.get_running_loop()
         began = loop.time()
         await front.listeners.stop()
         assert loop.time() - began < 1.0
+        async with asyncio.timeout(20):  # their ends here are closed, whatever was still to be sent
+            while any(c.laddr == str(front.path) for c in psutil.Process().net_connections("unix")):
+                await asyncio.sleep(0.01)
         stuck.transport.abort()
         asking.transport.abort()
 

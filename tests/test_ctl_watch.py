@@ -172,6 +172,19 @@ def test_keys_pick_and_act(daemon: Daemon, watching: Terminal) -> None:
     watching.until("no room.*q quit")
 
 
+def test_readonly_has_no_keys_that_change_things(daemon: Daemon) -> None:
+    """Whatever the socket would grant; and keys that are not there do nothing."""
+    terminal = Terminal("status", "--watch", "--readonly", "--socket", str(daemon.path))
+    try:
+        assert "s start" not in terminal.until("q quit")
+        terminal.press("sxr")
+        terminal.press("\x1b[B")
+        terminal.until("▸qwen3-vl")
+        assert not [what for what, _ in daemon.asked if what.startswith("POST")]
+    finally:
+        terminal.close()
+
+
 def test_log_and_why_open_in_place(daemon: Daemon, watching: Terminal) -> None:
     """l and w show, escape goes back."""
     body = b'{"text": "loading \\u001b[2Jweights"}\n'

@@ -136,6 +136,9 @@ def test_a_large_log_is_rotated_under_its_writer(tmp_path: Path) -> None:
     assert log.path.read_bytes() == b"line 9\n"
     assert (tmp_path / "m.log.1").read_bytes() == b"line 6\nline 7\nline 8\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.log", "m.log.1", "m.log.2"]
+    assert follower.rotate(1, keep=2) == []
+    os.write(log.fd, b"more than was there before\n")
+    assert read_all(follower) == ["more than was there before"]
     os.close(log.fd)
     follower.close()
 

@@ -35,6 +35,7 @@ def test_devices_and_models_are_shown_in_bytes() -> None:
     assert samples["vllmd_device_external_bytes", (("device", "GPU-1"), ("index", "0"))] == GIB // 2
     assert samples["vllmd_model_reserved_bytes", (("model", "alpha"),)] == 6 * GIB
     assert samples["vllmd_model_requests_running", (("model", "alpha"),)] == 3
+    assert samples["vllmd_model_need_bytes", (("model", "b.e-t_a"),)] == 0
     assert samples["vllmd_model_tokens_per_second", (("model", "alpha"),)] == 412.5
 
 

@@ -47,8 +47,9 @@ def test_measuring_is_over_once_the_cache_size_is_known(name: str) -> None:
     """Not before the weights are loaded."""
     found = signs(name)
     first = next(at for at, sign in enumerate(found) if sign.measured)
-    assert found[first].figures is not None
-    assert found[first].figures.kv_tokens
+    printed = found[first].figures
+    assert printed is not None
+    assert printed.kv_tokens
     assert Phase.LOAD in {sign.phase for sign in found[:first]}
 
 
@@ -142,14 +143,14 @@ def test_each_line_of_the_table_is_read(line: str, sign: Sign | None) -> None:
 
 def test_json_logs_are_read_too() -> None:
     """As written with --logging-config.formatter json."""
-    fields = {
+    record = {
         "levelname": "INFO",
         "processName": "x",
         "vllm_process_name": "Worker",
         "message": "Loading weights took 2 s",
     }
-    assert read(json.dumps(fields)) == Sign(Phase.LOAD, 1.0)
-    assert parse(json.dumps(fields)) == LogLine("Worker", "INFO", "Loading weights took 2 s")
+    assert read(json.dumps(record)) == Sign(Phase.LOAD, 1.0)
+    assert parse(json.dumps(record)) == LogLine("Worker", "INFO", "Loading weights took 2 s")
     assert read('{"not": "a record"}') is None
     assert read("{broken") is None
 

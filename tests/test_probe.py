@@ -217,6 +217,14 @@ async def test_an_odd_answer_is_a_probe_error_and_nothing_else(number: int) -> N
         await probe.canary(endpoint, "m", timeout=20)
 
 
+@pytest.mark.parametrize("number", [11, 17, 18])
+async def test_an_endless_answer_is_not_kept(number: int) -> None:
+    """By length, in chunks, until the end: 8 MiB are enough."""
+    async with engine(ODD[number]) as (endpoint, _):
+        with pytest.raises(ProbeError, match="too large"):
+            await ask(endpoint, "GET", "/x", timeout=20)
+
+
 async def test_noise_is_a_probe_error_and_nothing_else() -> None:
     """Random bytes, and good answers with bytes changed."""
     rng = random.Random(2)

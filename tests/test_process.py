@@ -185,17 +185,18 @@ stay()
 
 
 async def test_leftovers_are_removed_unless_somebody_uses_them(start: Start, tmp_path: Path) -> None:
-    """Shared memory of the engine goes; what another process maps, and names that no engine gives, stay. The scratch
-    directory and the socket go."""
+    """Shared memory and semaphores of the engine go; what another process maps, and names that no engine gives, stay.
+    The scratch directory and the socket go."""
     tag = uuid4().hex
-    paths = [Path("/dev/shm") / f"{kind}{tag}" for kind in ("psm_", "psm_used_", "weights_")]
+    paths = [Path("/dev/shm") / f"{kind}{tag}" for kind in ("psm_", "psm_used_", "sem.mp-", "weights_")]
     scratch, endpoint = tmp_path / "scratch", tmp_path / "m.sock"
     (scratch / "deep").mkdir(parents=True)
     code = f"""
 import mmap, socket
 held = []
 for path in {[str(p) for p in paths]}:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    fd = os.open(path + ".new", os.O_RDWR | os.O_CREAT, 0o600)
+    os.link(path + ".new", path); os.unlink(path + ".new")  # as glibc makes a semaphore
     os.ftruncate(fd, 4096)
     held.append(mmap.mmap(fd, 4096))
     os.close(fd)
@@ -205,11 +206,11 @@ stay()
     code = code.replace("import mmap", 'sys.path.append(os.path.dirname(os.__file__) + "/lib-dynload"); import mmap')
     try:
         engine = await (await start(code, scratch=str(scratch), endpoint=f"unix:{endpoint}")).until_up()
-        assert shared_files([engine.child.pid]) == frozenset(paths[:2])
+        assert shared_files([engine.child.pid]) == frozenset(paths[:3])
         with paths[1].open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ):
             file.close()
             await kill_tree(engine.child)
-        assert [path.exists() for path in paths] == [False, True, True]
+        assert [path.exists() for path in paths] == [False, True, False, True]
         assert not scratch.exists() and not endpoint.exists() and not list(tmp_path.iterdir())
     finally:
         for path in paths:

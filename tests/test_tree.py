@@ -185,3 +185,21 @@ def test_the_owner_of_a_port_is_told_among_those_asked_for(host: str, stranger: 
         sock.listen()
         assert listener_owner(endpoint, [os.getpid(), stranger.pid]) == frozenset({os.getpid()})
         assert listener_owner(endpoint, [stranger.pid]) == frozenset()
+
+
+async def test_a_port_shared_with_a_stranger_is_not_ours(start: Start) -> None:
+    """With SO_REUSEPORT both would get connections."""
+    code = """
+sys.path.append(os.path.dirname(os.__file__) + "/lib-dynload"); import socket
+s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+s.bind(("127.0.0.1", int(os.environ["PORT"]))); s.listen(); stay()
+"""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = sock.getsockname()[1]
+        other = await (await start(code, env={"PORT": str(port)})).until_up()
+        endpoint = f"http://127.0.0.1:{port}"
+        assert listener_owner(endpoint, [os.getpid()]) == frozenset()
+        assert listener_owner(endpoint, [os.getpid(), other.child.pid]) == frozenset({os.getpid(), other.child.pid})

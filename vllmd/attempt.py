@@ -5,7 +5,6 @@ Everything it learns becomes an event with its attempt's number; it decides noth
 
 import asyncio
 import os
-import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 
 from vllmd.core.cause import Rules, diagnose
 from vllmd.core.phases import read as read_sign
+from vllmd.core.words import leader_ended, member_died
 from vllmd.edge import cgroup, logfile
 from vllmd.edge.kill import in_thread, kill_tree
 from vllmd.edge.listener import listener_owner
@@ -44,12 +44,13 @@ FOLLOW_STARTING, FOLLOW_READY = 0.1, 1.0  # seconds between looks at the log
 PROBE_EVERY = 0.5  # seconds between probes of a start; the log's last line calls for one at once
 PULSE_EVERY = 5.0  # seconds between looks at a ready engine's counters
 PROBE_TIMEOUT = 5.0
+READ_LIMIT = 5.0  # seconds that the log may take to be read for the cause
 DIAGNOSED = 5000  # lines of the log's end that are searched for the cause
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Shared:
-    """What all attempts use."""
+    """What all attempts use. The log's limits change with a reload."""
 
     post: Callable[[Event], None]
     tasks: Tasks
@@ -80,6 +81,11 @@ class Attempt:
         self._look_now = asyncio.Event()
         self._works: set[asyncio.Task[Any]] = set()
         self._killing = False
+
+    @property
+    def live(self) -> bool:
+        """Whether it has processes, as far as we know, and is not being ended."""
+        return self.child is not None and not self._killing
 
     @property
     def port(self) -> int | None:
@@ -134,13 +140,12 @@ class Attempt:
         assert self.child is not None
         status = await self.child.wait()
         self._status = status
-        self._what = self._what or how_it_ended(status)
+        self._what = self._what or leader_ended(status)
         self.post(Broken(self.instance, self.number, self._what, status if status is not None else -1))
 
     def _member_died(self, member: Member) -> None:
         """An engine process died under a live leader: vLLM's own API server would take 4 to 11 s to notice."""
-        name = member.name.removeprefix("VLLM::").rstrip()
-        self._what = self._what or f"{ENGINE_NAMES.get(name, name)} (pid {member.pid}) died"
+        self._what = self._what or member_died(member.name, member.pid)
         self.post(Broken(self.instance, self.number, self._what))
 
     async def _follow(self) -> None:
@@ -238,7 +243,7 @@ class Attempt:
 
     def look(self, table: Table) -> frozenset[int]:
         """Its processes now. During a start, bytes they read are a sign of life."""
-        if self.watch is None or self._killing:
+        if self.watch is None or not self.live:
             return frozenset()
         group = cgroup.pids(self.child.cgroup if self.child else None)
         pids = frozenset(member.pid for member in self.watch.look(pids=group, table=table))
@@ -273,18 +278,13 @@ class Attempt:
         if self._killing:
             return
         self._killing = True
-        for task in list(self._works):
-            task.cancel()
-        left: tuple[int, ...] = ()
-        if self.child is not None and self.watch is not None:
-            known = self.watch.known
-            self.watch.close()
-            left = await kill_tree(self.child, known)
-            self.child.close()
+        left = await self.end()
         cause = None
         if crashed:
             path = self.shared.log_dir / f"{self.instance}.log"
-            lines = await asyncio.to_thread(tail, path, DIAGNOSED) if self.child else []
+            lines: list[str] = (
+                await in_thread(lambda: tail(path, DIAGNOSED), READ_LIMIT, list[str]()) if self.child else []
+            )
             cause = diagnose(
                 lines,
                 status=self._status,
@@ -298,14 +298,16 @@ class Attempt:
                 self.shared.complain(trouble)
         self.post(Gone(self.instance, self.number, cause, left))
 
-
-ENGINE_NAMES = {"EngineCor": "EngineCore"}
-
-
-def how_it_ended(status: int | None) -> str:
-    """ "exited with code 1", "killed by SIGKILL"."""
-    if status is None:
-        return "ended"
-    if status < 0:
-        return f"killed by {signal.Signals(-status).name}"
-    return f"exited by itself with code {status}"
+    async def end(self) -> tuple[int, ...]:
+        """Kill the tree, whatever was under way; returns the pids that live on. May be called again."""
+        for task in list(self._works):
+            task.cancel()
+        left: tuple[int, ...] = ()
+        if self.child is not None and self.watch is not None:
+            known = self.watch.known
+            self.watch.close()
+            left = await kill_tree(self.child, known)
+            self.child.close()
+        if self.follower is not None:
+            self.follower.close()
+        return left

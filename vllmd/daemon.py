@@ -5,7 +5,6 @@ awaited. If the core raises, that is a bug: its story is logged and the daemon e
 """
 
 import asyncio
-import os
 import signal
 import time
 from pathlib import Path
@@ -16,15 +15,13 @@ from vllmd.attempt import Attempt, Shared
 from vllmd.core.cause import parse_rules
 from vllmd.core.core import Core
 from vllmd.core.launch import Places
+from vllmd.core.states import ALIVE
 from vllmd.edge import cgroup
-from vllmd.edge.devices import Devices
 from vllmd.edge.http import ListenError, Listeners
-from vllmd.edge.inspect import inspect
 from vllmd.edge.journal import Log, configure
 from vllmd.edge.kill import in_thread, sweep
 from vllmd.edge.probe import Probe
 from vllmd.edge.process import become_subreaper
-from vllmd.edge.procfs import read_table
 from vllmd.edge.rules import load_rules
 from vllmd.edge.store import Store, Taken
 from vllmd.edge.stream import EventLog
@@ -34,6 +31,7 @@ from vllmd.events import (
     Boot,
     Canary,
     Command,
+    DevicesRead,
     Event,
     Finish,
     Forget,
@@ -49,12 +47,12 @@ from vllmd.events import (
     Spawn,
     Terminate,
 )
+from vllmd.lookout import Lookout
 from vllmd.places import hf_home, mark_of, scratch_root
 from vllmd.service import Service
 from vllmd.spec import Cause, Settings
 from vllmd.voice import Voice
 
-LOOK_EVERY, LOOK_BUSY, LOOK_SOONEST = 5.0, 1.0, 0.1  # seconds between looks at processes and devices
 SAVE_AFTER = 0.2  # seconds that changes are collected before they are written
 
 
@@ -68,14 +66,13 @@ class Daemon:
         self.voice = Voice(log, self.events)
         self.store = Store(settings.daemon.state_dir)
         self.tasks = Tasks(self._task_failed)
-        self.devices = Devices()
         self.attempts: dict[str, Attempt] = {}
+        self.lookout = Lookout(self.attempts, self._seen)
         self.answers: dict[int, asyncio.Future[Answer]] = {}
         self.serving = False
         self.exit_code = 0
         self._tickets = 0
         self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
-        self._look_soon = asyncio.Event()
         self._unsaved = asyncio.Event()
         self._finished = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -130,15 +127,14 @@ class Daemon:
             lambda text: self.voice.note(Note("log", text, "error")),
         )
         self._complain()
-        first = await asyncio.to_thread(self.devices.read, {})
-        self.handle(first)
+        self.handle(await self.lookout.devices({}))
         self.service = Service(self)
         self.listeners = Listeners(self.service, self.events, spec.socket, self.settings.http)
         await self.listeners.start()
         self._catch_signals()
         self.serving = True
         self.tasks.start(self._decide(), "core")
-        self.tasks.start(self._look(), "devices")
+        self.tasks.start(self.lookout.watch(), "devices")
         self.tasks.start(self._save(), "store")
         web = [f"http://{host}:{port}" for host, port in self.listeners.addresses]
         self.log.info(
@@ -151,8 +147,9 @@ class Daemon:
         self.serving = False
         await self.listeners.stop()
         await self.tasks.end()
-        for attempt in self.attempts.values():
-            await attempt.kill(crashed=False)
+        for inst in self.core.world.instances.values():
+            if inst.state in ALIVE and inst.id in self.attempts:  # only after an internal error
+                await self.attempts[inst.id].end()
         self._write()
         self.store.unlock()
         self.log.info("vllmd has ended")
@@ -165,7 +162,7 @@ class Daemon:
 
     def _asked_to_end(self) -> None:
         self._shutdowns += 1
-        running = len([a for a in self.attempts.values() if a.child is not None])
+        running = len([a for a in self.attempts.values() if a.live])
         again = " now" if self._shutdowns > 1 else (" (once more to skip the drain)" if running else "")
         self.log.info(f"ending {running} models{again}")
         self.post(Shutdown())
@@ -182,6 +179,13 @@ class Daemon:
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self.answers[self._tickets] = future
         return self._tickets, future
+
+    def adopt(self, settings: Settings) -> None:
+        """A reloaded configuration: what of it concerns the wiring."""
+        old, self.settings = self.settings, settings
+        self.shared.log_size, self.shared.log_keep = settings.daemon.log_size, settings.daemon.log_keep
+        if settings.daemon.log_level != old.daemon.log_level:
+            self.log = self.voice.log = configure(settings.daemon.log_level, settings.daemon.log_format)
 
     async def _decide(self) -> None:
         while True:
@@ -217,7 +221,7 @@ class Daemon:
                 attempt = Attempt(command, spec, self.shared)
                 self.attempts[command.instance] = attempt
                 attempt.start()
-                self._look_soon.set()
+                self.lookout.soon()
             case Terminate():
                 self.attempts[command.instance].terminate()
             case KillTree():
@@ -226,7 +230,7 @@ class Daemon:
             case Canary():
                 self.attempts[command.instance].begin_canary()
             case ReadDevices():
-                self._look_soon.set()
+                self.lookout.soon()
             case Answer():
                 future = self.answers.pop(command.ticket, None)
                 if future is not None and not future.done():
@@ -250,44 +254,23 @@ class Daemon:
         if inst is None:
             return
         found = await self.inspect(inst.spec.name)
+        if found is None:
+            return
         problem = found if isinstance(found, Cause) else None
         result = found if isinstance(found, Inspection) else None
         self.post(Inspected(command.instance, command.attempt, result, problem))
 
     async def inspect(self, model: str) -> Inspection | Cause | None:
-        """Preflight of a configured model, in a thread of its own."""
-        spec = self.core.world.settings.models.get(model) or self.core.world.instances[model].spec
-        daemon = self.settings.daemon
-        taken = {a.port: name for name, a in self.attempts.items() if a.port and a.child is not None and name != model}
-        taken |= {s.port: s.name for s in self.core.world.settings.models.values() if s.port and s.name != model}
-        hf = hf_home(daemon.cache_dir)
-        env = {**os.environ, **({"HF_HOME": str(hf)} if hf else {})}
-        return await asyncio.to_thread(
-            inspect,
-            spec,
-            cache_dir=daemon.cache_dir,
-            log_dir=daemon.log_dir,
-            state_dir=daemon.state_dir,
-            taken_ports=taken,
-            env=env,
-        )
+        """Preflight of a configured model."""
+        world = self.core.world
+        spec = world.settings.models.get(model) or world.instances[model].spec
+        taken = {s.port: s.name for s in world.settings.models.values() if s.port and s.name != model}
+        taken |= {a.port: name for name, a in self.attempts.items() if a.port and a.live and name != model}
+        return await self.lookout.preflight(spec, taken, self.settings.daemon)
 
-    async def _look(self) -> None:
-        """Look at processes and devices: often while something moves, rarely when all is quiet."""
-        while True:
-            busy = any(not attempt.is_ready and attempt.child is not None for attempt in self.attempts.values())
-            try:
-                await asyncio.wait_for(self._look_soon.wait(), LOOK_BUSY if busy else LOOK_EVERY)
-                await asyncio.sleep(LOOK_SOONEST)
-            except TimeoutError:
-                pass
-            self._look_soon.clear()
-            table = await in_thread(read_table, 5.0, None)
-            if table is None:
-                continue
-            pids = {name: attempt.look(table) for name, attempt in self.attempts.items() if attempt.child is not None}
-            self.post(await asyncio.to_thread(self.devices.read, pids))
-            self._complain()
+    def _seen(self, read: DevicesRead) -> None:
+        self.post(read)
+        self._complain()
 
     async def _save(self) -> None:
         """Write what was learned, a moment after it changed."""
@@ -295,7 +278,7 @@ class Daemon:
             await self._unsaved.wait()
             await asyncio.sleep(SAVE_AFTER)
             self._unsaved.clear()
-            await asyncio.to_thread(self._write)
+            await in_thread(self._write, 60.0, None)
 
     def _write(self) -> None:
         self.store.keep_learned(dict(self.core.world.learned))

@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from vllmd.config.change import Change, Verdict
 from vllmd.config.change import plan as plan_change
 from vllmd.config.load import ConfigError, load
 from vllmd.core import plan, view
+from vllmd.core.placing import never_fit
 from vllmd.core.world import Instance
 from vllmd.edge.backend import Access, Caller, LogReader, Refused, Tallies, Verb
 from vllmd.edge.logview import LogView, find_log
@@ -132,12 +133,16 @@ class Service:
             text = f"configuration not reloaded: {count} problem{'s' if count > 1 else ''}; the old one stays"
             self.daemon.log.error(text, first=str(error.problems[0]))
             return Answer(0, 422, text, "bad-config", tuple(problems[:1]), {"problems": problems})
+        if impossible := never_fit(self.world, new):
+            return Answer(
+                0, 422, f"configuration not reloaded: {impossible[0]}", "too-big", (), {"problems": impossible}
+            )
         change = plan_change(old, new)
         data = change_rows(change) | {"warnings": list(new.warnings)}
         if dry_run:
             return Answer(0, 200, "nothing was changed", data=data)
         ticket, future = self.daemon.ask()
-        self.daemon.settings = keep_fixed(new, old)
+        self.daemon.adopt(keep_fixed(new, old))
         restart = frozenset(name for name, what in change.models.items() if what.verdict is Verdict.RESTART)
         self.daemon.post(Reload(self.daemon.settings, restart, ticket))
         answer = await future
@@ -183,11 +188,8 @@ class Service:
 
 def keep_fixed(new: Settings, old: Settings) -> Settings:
     """What a running daemon cannot change (sockets, directories) stays; `change` has told the operator."""
-    from dataclasses import replace
-
-    return replace(
-        new, daemon=replace(old.daemon, log_size=new.daemon.log_size, log_keep=new.daemon.log_keep), http=old.http
-    )
+    live = {name: getattr(new.daemon, name) for name in ("log_size", "log_keep", "log_level")}
+    return replace(new, daemon=replace(old.daemon, **live), http=old.http)
 
 
 def change_rows(change: Change) -> dict[str, Any]:

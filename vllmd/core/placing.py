@@ -7,12 +7,12 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllmd.core.ledger import Account, device_label, smallest_release, takers
+from vllmd.core.ledger import Account, Ledger, device_label, smallest_release, takers
 from vllmd.core.need import Need, estimate, learned_key
 from vllmd.core.states import State
 from vllmd.core.world import Instance, World
 from vllmd.events import DeviceReading
-from vllmd.spec import Cause, ModelSpec, Remedy
+from vllmd.spec import Cause, ModelSpec, Remedy, Settings
 from vllmd.units import gib, gib_of
 
 
@@ -144,6 +144,26 @@ def never_fits(spec: ModelSpec, need: Need, account: Account) -> Cause:
         (Remedy("lower vram, kv_cache or max_model_len, raise devices.*.limit, or use more GPUs"),),
         heals=False,
     )
+
+
+def never_fit(world: World, settings: Settings) -> list[str]:
+    """The models whose given vram no device of theirs can ever offer under these settings: sentences for the operator.
+
+    Devices that are missing now are not judged: they fail their model when it starts.
+    """
+    ledger = Ledger(settings.devices, world.ledger.readings)
+    seen = World(settings, world.places, ledger, seen=world.seen)
+    refused = []
+    for spec in settings.models.values():
+        choices = candidates(seen, spec)
+        if isinstance(choices, Cause) or not isinstance(spec.vram, int):
+            continue
+        best = max((min(ledger.account(d.id).budget for d in devices) for devices in choices), default=0)
+        if spec.vram > best:
+            refused.append(
+                f"models.{spec.name}.vram: {gib(spec.vram)} can never fit, the largest budget is {gib(best)}"
+            )
+    return refused
 
 
 def no_room(world: World, spec: ModelSpec, need: Need, account: Account) -> Cause:

@@ -15,9 +15,10 @@ from vllmd.core.placing import Blocked, Placed, find_place, freeing, neighbours_
 from vllmd.core.states import Move, State
 from vllmd.core.world import Instance, World
 from vllmd.events import Figures, Inspect, Inspected, Printed, Progress, Spawn
-from vllmd.spec import Cause, ModelSpec
+from vllmd.spec import Cause, ModelSpec, Remedy
 from vllmd.units import gib, span
 
+SOCKET_LONGEST = 107  # bytes, the kernel's sun_path
 INSPECT_LIMIT = 20.0  # seconds; preflight takes well under one, but a dead network file system may hold it
 
 
@@ -156,6 +157,10 @@ def admit(world: World, inst: Instance, place: Placed, now: float) -> None:
     """Reserve and spawn."""
     assert inst.found is not None
     devices = tuple(d.id for d in place.devices)
+    socket = world.places.runtime / f"{inst.id}.sock"
+    if not inst.found.port and len(str(socket)) > SOCKET_LONGEST:
+        give_up(world, inst, long_socket(inst, str(socket)), now)
+        return
     world.ledger.hold(inst.id, dict.fromkeys(devices, place.need.total))
     inst.need, inst.devices = place.need, devices
     inst.key = learned_key(inst.spec, inst.found, place.devices[0].kind, len(devices))
@@ -168,6 +173,16 @@ def admit(world: World, inst: Instance, place: Placed, now: float) -> None:
     )
     inst.deadline = now + inst.spec.start_stall
     world.emit(Spawn(inst.id, inst.attempt, inst.spec.name, inst.launch))
+
+
+def long_socket(inst: Instance, path: str) -> Cause:
+    return Cause(
+        "socket-path-too-long",
+        f"cannot start {inst.id}: its socket {path} has {len(path)} bytes, a unix socket's path at most {SOCKET_LONGEST}",
+        "socket path too long",
+        (Remedy('daemon.runtime_dir = "/run/vllmd" (a short path)'), Remedy(f'models.{inst.spec.name}.port = "auto"')),
+        heals=False,
+    )
 
 
 def reset_start(inst: Instance, now: float) -> None:

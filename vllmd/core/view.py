@@ -128,10 +128,12 @@ def story(world: World, inst: Instance, now: float) -> Json:
         "failures": len(inst.failures),
         "restarts": inst.restarts,
         "why": why(explain(world, inst, now), now - inst.cause_at if cause else None),
-        "last_failure": f"{span(now - inst.last_at)} ago: {inst.last.text}" if inst.last and inst.last is not cause else "",
+        "last_failure": f"{span(now - inst.last_at)} ago: {inst.last.text}"
+        if inst.last and inst.last is not cause
+        else "",
         "detail": cause.detail if cause else "",
         "phase": cause.phase if cause else "",
         "heals": cause.heals if cause else None,
-        "memory": inst.cause_memory,
+        "memory": inst.cause_memory if cause else "",
         "changed": list(inst.changed),
     }

@@ -1,5 +1,6 @@
 """What each state says: one sentence, and at most 24 characters for a table. Every surface shows these."""
 
+import signal
 from dataclasses import dataclass
 
 from vllmd.core.ledger import device_label
@@ -147,3 +148,16 @@ def draining(inst: Instance, now: float) -> Why:
     requests = f"{count} request{'s' if count != 1 else ''} left"
     most = span(left(inst, now))
     return Why("draining", f"{requests}, stops in at most {most}", f"{count} left, {most} at most")
+
+
+def leader_ended(status: int | None) -> str:
+    """How a process that nobody asked to end did so: "exited by itself with code 0", "killed by SIGKILL"."""
+    if status is None:
+        return "ended"
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited by itself with code {status}"
+
+
+def member_died(name: str, pid: int) -> str:
+    """The end of an engine process under a live leader. The kernel cuts names after 15 bytes."""
+    short = name.removeprefix("VLLM::").rstrip()
+    return f"{'EngineCore' if short == 'EngineCor' else short} (pid {pid}) died"

@@ -52,6 +52,7 @@ def why_lines(story: dict[str, Any], look: Look) -> list[str]:
         "memory then": story.get("memory"),
         "attempt": story.get("attempt"),
         "failures": story.get("failures") or None,
+        "last failure": story.get("last_failure"),
         "changed since it last ran": story.get("changed") or None,
     }
     for key, value in facts.items():

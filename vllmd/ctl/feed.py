@@ -34,12 +34,13 @@ class Feed:
         self._heard = time.monotonic()
         self._tries = 0
         self._retry_at = 0.0
+        self._early: list[tuple[str, Any]] = []  # what came together with the first snapshot
         self._stream: Stream | None = client.stream("/api/v1/events")
         while not self._status:
             if self._stream is None or time.monotonic() - self._heard > SILENCE:
                 self.close()
                 raise Unreachable("cannot hear vllmd: no first event came")
-            self.poll(1.0)
+            self._early += self.poll(1.0)[0]
 
     def close(self) -> None:
         if self._stream is not None:
@@ -53,6 +54,9 @@ class Feed:
 
     def poll(self, timeout: float, keys: int | None = None) -> tuple[list[tuple[str, Any]], bool]:
         """(events as (kind, data), whether the descriptor `keys` can be read), after at most `timeout` seconds."""
+        if self._early and self._status:
+            early, self._early = self._early, []
+            return early, False
         now = time.monotonic()
         if self._stream is None and now >= self._retry_at:
             self._reconnect()
@@ -69,8 +73,8 @@ class Feed:
     def picture(self) -> dict[str, Any]:
         """The status with its times moved on to now. The caller must not change what is in it."""
         now = time.monotonic()
-        daemon = _aged(self._status.get("daemon") or {}, now - self._at[""])
-        models = [_aged(model, now - self._at.get(str(model.get("name")), now)) for model in self._models()]
+        daemon = aged(self._status.get("daemon") or {}, now - self._at[""])
+        models = [aged(model, now - self._at.get(str(model.get("name")), now)) for model in self._models()]
         return self._status | {"daemon": daemon, "models": models}
 
     def model(self, name: str) -> dict[str, Any] | None:
@@ -138,7 +142,7 @@ class Feed:
         self._tries = 1
 
 
-def _aged(values: dict[str, Any], passed: float) -> dict[str, Any]:
+def aged(values: dict[str, Any], passed: float) -> dict[str, Any]:
     """`values` with its times moved on by `passed` seconds."""
     moved = {key: each + passed for key in RISING if (each := number(values.get(key))) is not None}
     moved |= {key: max(0.0, each - passed) for key in FALLING if (each := number(values.get(key))) is not None}

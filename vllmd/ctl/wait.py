@@ -130,20 +130,27 @@ class Waiting:
         feed = Feed(self._call.client)
         try:
             while self._left:
+                for kind, data in feed.poll(self._pause())[0]:
+                    self._hear(kind, data)
                 self._step(feed, outcomes)
                 limit = self._call.args.timeout
                 if self._left and limit is not None and time.monotonic() - self._began >= limit:
                     return outcomes + self._leave(feed, TIMEOUT)
                 self._check(feed)
-                for kind, data in feed.poll(self._pause())[0]:
-                    if kind == "model" and isinstance(data, dict) and data.get("name") in self._left:
-                        self._say(data)
         except KeyboardInterrupt:
             return outcomes + self._leave(feed, INTERRUPTED)
         finally:
             self._erase()
             feed.close()
         return outcomes
+
+    def _hear(self, kind: str, data: Any) -> None:
+        """Take in one event: several may come at once, and none may be passed over on the way to the last."""
+        models = listed(data, "models") if kind == "snapshot" else [data] if kind == "model" else []
+        for model in models:
+            if model.get("name") in self._left:
+                self._note(clean(model.get("name")), model)
+                self._say(model)
 
     def _check(self, feed: Feed) -> None:
         """A vllmd that restarts is waited for, and that is said once. Raises Unreachable when it stays away."""
@@ -165,7 +172,6 @@ class Waiting:
         moving = []
         for name in list(self._left):
             model = feed.model(name) or {}  # empty: a reload took it away
-            self._note(name, model)
             code = verdict(self._verb, model) if model else FAILED
             if code is None:
                 moving.append(model)
@@ -224,8 +230,6 @@ class Waiting:
 
     def _draw(self, models: list[dict[str, Any]]) -> None:
         """On a terminal the rows of who is on the way, redrawn in place; else a line per change."""
-        for model in models:
-            self._say(model)
         if not self._look.lines:
             return
         room = max(1, self._look.lines - 2)

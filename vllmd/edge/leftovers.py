@@ -18,13 +18,14 @@ SHM = Path("/dev/shm")
 # Python's shared memory and semaphores, torch, NCCL. Any other name (weights put there by hand) is not ours to remove.
 SHM_NAMES = ("psm_", "sem.mp-", "torch_", "nccl-", "cuda.shm.")
 
+Inode = tuple[int, int]  # device and number
+
 
 def shared_files(pids: Iterable[int]) -> frozenset[Path]:
     """The files of SHM_NAMES in /dev/shm that these processes have mapped or open. May block: not on the loop."""
-    return frozenset(
-        path for pid in pids for path in _mapped(pid) | _open_files(pid)
-        if path.parent == SHM and path.name.startswith(SHM_NAMES)
-    )  # fmt: skip
+    files = {_inode(path): path for path in SHM.glob("*") if path.name.startswith(SHM_NAMES)}
+    held = frozenset[Inode]().union(*(_mapped(pid) | _open_files(pid) for pid in pids))
+    return frozenset(files[inode] for inode in held & files.keys())
 
 
 def clear(files: Iterable[Path], scratch: str, endpoint: str) -> None:
@@ -67,16 +68,26 @@ def _unlink_unused(path: Path) -> None:
         os.close(fd)
 
 
-def _mapped(pid: int) -> frozenset[Path]:
+def _inode(path: Path) -> Inode:
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_dev, found.st_ino
+
+
+def _mapped(pid: int) -> frozenset[Inode]:
+    """By inode, not by name: glibc maps a semaphore under a passing name and links it to its own afterwards."""
     try:
         lines = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines()
     except OSError:
         return frozenset()
-    return frozenset(Path(line.split(maxsplit=5)[5]) for line in lines if "/dev/shm/" in line)
+    device, _ = _inode(SHM)
+    return frozenset((device, int(line.split(maxsplit=5)[4])) for line in lines if f" {SHM}/" in line)
 
 
-def _open_files(pid: int) -> frozenset[Path]:
+def _open_files(pid: int) -> frozenset[Inode]:
     try:
-        return frozenset(link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir())
+        return frozenset(_inode(link) for link in Path(f"/proc/{pid}/fd").iterdir()) - {(0, 0)}
     except OSError:
         return frozenset()

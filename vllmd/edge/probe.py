@@ -200,24 +200,24 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
     if headers.get("transfer-encoding", "").lower() == "chunked":
         return int(words[1]), await read_chunks(reader)
     if "content-length" in headers:
-        return int(words[1]), await reader.readexactly(size(headers["content-length"], 10))
+        return int(words[1]), await reader.readexactly(bounded(int(headers["content-length"])))
     return int(words[1]), await read_rest(reader)
 
 
-def size(text: str, base: int) -> int:
-    """A length that may be read."""
-    value = int(text, base)
-    if not 0 <= value <= BODY_MAX:
-        raise ValueError(f"a body of {text[:20]} bytes is too large")
-    return value
+def bounded(size: int) -> int:
+    """A size that may be read. Raises ValueError."""
+    if not 0 <= size <= BODY_MAX:
+        raise ValueError(f"a body of more than {BODY_MAX >> 20} MiB is too large")
+    return size
 
 
 async def read_chunks(reader: asyncio.StreamReader) -> bytes:
     """A chunked body."""
     body = bytearray()
-    while length := size((await reader.readuntil(b"\r\n")).decode("latin-1").partition(";")[0].strip(), 16):
+    while length := int((await reader.readuntil(b"\r\n")).decode("latin-1").partition(";")[0].strip(), 16):
+        bounded(length)
+        bounded(len(body) + length)
         body += await reader.readexactly(length)
-        size(str(len(body)), 10)
         await reader.readexactly(2)
     return bytes(body)
 
@@ -227,5 +227,5 @@ async def read_rest(reader: asyncio.StreamReader) -> bytes:
     body = bytearray()
     while data := await reader.read(1 << 16):
         body += data
-        size(str(len(body)), 10)
+        bounded(len(body))
     return bytes(body)

@@ -1,0 +1,1 @@
+"""The long tests: vllmd with real vLLM. `make e2e` runs them."""
