@@ -128,5 +128,7 @@ class Daemon:
         self.streams.release()
         while (data := self.feed.get()) is not None:
             connection.sendall(data)
-        if not self.over.is_set():
+        if self.over.is_set():
+            self.feed.put(None)  # for the next stream
+        else:
             connection.sendall(b"0\r\n\r\n")

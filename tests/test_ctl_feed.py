@@ -30,6 +30,15 @@ def until(feed: Feed, kind: str) -> None:
     raise AssertionError(f"no {kind}")
 
 
+def until_lost(feed: Feed) -> None:
+    """Poll until the connection is gone."""
+    for _ in range(int(LIMIT)):
+        feed.poll(1.0)
+        if feed.lost is not None:
+            return
+    raise AssertionError("not lost")
+
+
 def test_times_rise_and_fall_with_the_clock() -> None:
     """Ages grow, what is left shrinks and stops at nothing, the rest stays."""
     was = {"since_s": 5.0, "elapsed_s": None, "eta_s": 3.0, "deadline_s": 100.0, "used": 7}
@@ -83,11 +92,10 @@ def test_a_lost_connection_comes_back_with_a_snapshot(daemon: Daemon) -> None:
     until(feed, "snapshot")
     daemon.status = status([model("z")], [])
     daemon.feed.put(None)
-    while feed.lost is None:
-        feed.poll(1.0)
+    until_lost(feed)
     assert [each["name"] for each in feed.picture()["models"]] == ["a", "b"]
     until(feed, "snapshot")
-    assert feed.lost is None and [each["name"] for each in feed.picture()["models"]] == ["z"]
+    assert [each["name"] for each in feed.picture()["models"]] == ["z"]
     feed.close()
 
 
@@ -96,8 +104,7 @@ def test_garbage_in_the_stream_is_a_lost_connection(daemon: Daemon) -> None:
     feed = Feed(Client(str(daemon.path)))
     until(feed, "snapshot")
     daemon.feed.put(b"zz\r\nno chunk")
-    while feed.lost is None:
-        feed.poll(1.0)
+    until_lost(feed)
     until(feed, "snapshot")
     feed.close()
 

@@ -16,6 +16,7 @@ from vllmd.core.phases import read as read_sign
 from vllmd.core.words import leader_ended, member_died
 from vllmd.edge import cgroup, logfile
 from vllmd.edge.kill import in_thread, kill_tree
+from vllmd.edge.leftovers import shared_files
 from vllmd.edge.listener import listener_owner
 from vllmd.edge.logread import tail
 from vllmd.edge.probe import Counters, Probe, ProbeError
@@ -77,6 +78,7 @@ class Attempt:
         self.is_ready = False
         self._what, self._status = "", None  # type: str, int | None
         self._bytes_read = 0
+        self._files: frozenset[Path] = frozenset()
         self._counters: Counters | None = None
         self._look_now = asyncio.Event()
         self._works: set[asyncio.Task[Any]] = set()
@@ -190,6 +192,8 @@ class Attempt:
         self.is_ready = True
         members = self.watch.ready(pids=cgroup.pids(self.child.cgroup if self.child else None))
         pids = tuple(sorted(member.pid for member in members))
+        # Only a live process shows what it has mapped; the leader may be dead when the tree is killed.
+        self._files = await in_thread(lambda: shared_files(pids), 2.0, self._files)
         self.read_log()  # numbers that were printed before it served belong to the start
         self.post(Ready(self.instance, self.number, pids))
         self._begin(self._pulses(), "pulse")
@@ -306,7 +310,7 @@ class Attempt:
         if self.child is not None and self.watch is not None:
             known = self.watch.known
             self.watch.close()
-            left = await kill_tree(self.child, known)
+            left = await kill_tree(self.child, known, files=self._files)
             self.child.close()
         if self.follower is not None:
             self.follower.close()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from vllmd.edge.devices import Devices
 from vllmd.edge.inspect import inspect
 from vllmd.edge.kill import in_thread
+from vllmd.edge.process import reap_orphans
 from vllmd.edge.procfs import read_table
 from vllmd.events import DevicesRead, Inspection
 from vllmd.places import hf_home
@@ -53,6 +54,7 @@ class Lookout:
             self._soon.clear()
             table = await in_thread(read_table, TABLE_LIMIT, None)
             if table is not None:
+                reap_orphans(table)
                 self._report(await self.devices({n: a.look(table) for n, a in self._attempts.items() if a.live}))
 
     async def devices(self, pids: Mapping[str, frozenset[int]]) -> DevicesRead:
