@@ -42,7 +42,8 @@ format: setup
 docs: setup
 	$(BIN)/python -m vllmd.core.states > docs/states.md
 	$(BIN)/python -m vllmd.config.options > docs/config.md
-	$(BIN)/python -m vllmd.edge.openapi > docs/api.md
+	$(BIN)/python -m vllmd.edge.openapi api > docs/api.md
+	$(BIN)/python -m vllmd.edge.openapi status > docs/status.md
 
 clean:
 	rm -rf $(VENV) $(ENGINE) .run build dist *.egg-info

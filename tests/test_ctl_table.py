@@ -13,7 +13,7 @@ from tests.ctl_status import GIB, crowd, device, example, model, status, why
 from vllmd.ctl.bar import device_lines
 from vllmd.ctl.look import Look
 from vllmd.ctl.table import rows, status_text
-from vllmd.ctl.words import width
+from vllmd.ctl.words import clip, shorten, width
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 SGR = re.compile(r"\x1b\[[0-9;]*m")
@@ -181,3 +181,13 @@ def test_a_warning_about_a_ready_model_stands_below() -> None:
     text = "\n".join(status_text(status(models, [device()]), Look(80)))
     assert "! a: uses 0.4 GiB more than reserved\n  try: raise models.a.vram" in text
     assert "b: waiting" not in text
+
+
+@pytest.mark.parametrize("columns", range(1, 12))
+@pytest.mark.parametrize(
+    "text", ["文字認識文字", "e\u0301e\u0301e\u0301e\u0301e\u0301e\u0301", "a文b字c認", "abcdefghijklm"]
+)
+def test_a_cut_uses_the_room_there_is(text: str, columns: int) -> None:
+    """Never wider, and narrower by less than one wide character."""
+    for cut in (clip(text, columns), shorten(text, columns)):
+        assert min(width(text), columns) - 2 < width(cut) + (cut != text and columns < 3) and width(cut) <= columns

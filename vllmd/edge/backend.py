@@ -7,11 +7,11 @@ block; what has to ask somebody is a coroutine, and may be cancelled when the cl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from vllmd.events import Answer
 
-type_of_status = {400: "invalid_request", 403: "forbidden", 404: "not_found", 408: "timeout", 409: "conflict"}
+TYPE_OF_STATUS: Final = {400: "invalid_request", 403: "forbidden", 404: "not_found", 408: "timeout", 409: "conflict"}
 
 
 class Access(StrEnum):
@@ -64,7 +64,7 @@ class Refused(Exception):
 
     def body(self) -> dict[str, Any]:
         """The one shape of every error: {"error": {message, type, code, hint, remedies, data}}."""
-        kind = type_of_status.get(self.status) or ("unavailable" if self.status >= 500 else "invalid_request")
+        kind = TYPE_OF_STATUS.get(self.status) or ("unavailable" if self.status >= 500 else "invalid_request")
         return {
             "error": {
                 "message": self.message,
