@@ -8,7 +8,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "vllmd"
 VALUES = {"vllmd", "vllmd.spec", "vllmd.events", "vllmd.units", "vllmd.modelconfig"}
-WIRING = {"vllmd.attempt", "vllmd.daemon", "vllmd.service", "vllmd.places", "vllmd.voice", "vllmd.lookout", "vllmd.__main__"}
+WIRING = {
+    "vllmd.attempt",
+    "vllmd.daemon",
+    "vllmd.service",
+    "vllmd.places",
+    "vllmd.voice",
+    "vllmd.lookout",
+    "vllmd.ground",
+    "vllmd.__main__",
+}
 
 #: One edge may be several files. A file imports values and its own edge; `tasks` is the one tool that all may use.
 EDGES = {

@@ -43,7 +43,7 @@ from vllmd.spec import ModelSpec
 
 FOLLOW_STARTING, FOLLOW_READY = 0.1, 1.0  # seconds between looks at the log
 PROBE_EVERY = 0.5  # seconds between probes of a start; the log's last line calls for one at once
-PULSE_EVERY = 5.0  # seconds between looks at a ready engine's counters
+PULSE_EVERY = 5.0  # seconds between looks at a ready engine's counters, at most
 PROBE_TIMEOUT = 5.0
 READ_LIMIT = 5.0  # seconds that the log may take to be read for the cause
 DIAGNOSED = 5000  # lines of the log's end that are searched for the cause
@@ -222,7 +222,7 @@ class Attempt:
                 self._pulse(await self.shared.probe.counters(self.launch.endpoint, timeout=PROBE_TIMEOUT))
             except ProbeError:
                 pass
-            await asyncio.sleep(PULSE_EVERY)
+            await asyncio.sleep(min(PULSE_EVERY, self.spec.hang_after / 4))
 
     def _pulse(self, seen: Counters) -> None:
         before, self._counters = self._counters, seen

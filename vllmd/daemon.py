@@ -14,14 +14,11 @@ from vllmd import __version__
 from vllmd.attempt import Attempt, Shared
 from vllmd.core.cause import parse_rules
 from vllmd.core.core import Core
-from vllmd.core.launch import Places
 from vllmd.core.states import ALIVE
-from vllmd.edge import cgroup
 from vllmd.edge.http import ListenError, Listeners
 from vllmd.edge.journal import Log, configure
-from vllmd.edge.kill import in_thread, sweep
+from vllmd.edge.kill import in_thread
 from vllmd.edge.probe import Probe
-from vllmd.edge.process import become_subreaper
 from vllmd.edge.rules import load_rules
 from vllmd.edge.store import Store, Taken
 from vllmd.edge.stream import EventLog
@@ -47,8 +44,8 @@ from vllmd.events import (
     Spawn,
     Terminate,
 )
+from vllmd.ground import prepare
 from vllmd.lookout import Lookout
-from vllmd.places import hf_home, mark_of, scratch_root
 from vllmd.service import Service
 from vllmd.spec import Cause, Settings
 from vllmd.voice import Voice
@@ -87,6 +84,7 @@ class Daemon:
         except (Taken, OSError) as error:
             self.log.error(str(error))
             return 1
+        self._catch_signals()
         try:
             await self._prepare()
         except ListenError as error:
@@ -99,20 +97,8 @@ class Daemon:
         return self.exit_code
 
     async def _prepare(self) -> None:
-        become_subreaper()
         spec = self.settings.daemon
-        for directory in (spec.state_dir, spec.runtime_dir, spec.log_dir, spec.cache_dir):
-            try:
-                directory.mkdir(mode=0o750, parents=True, exist_ok=True)
-            except OSError as error:
-                self.log.error(f"cannot make {directory}: {error.strerror}")
-        mark = mark_of(spec.state_dir)
-        left = await sweep(mark + ":")
-        if left:
-            self.log.error("processes of an earlier vllmd cannot be killed", pids=list(left))
-        places = Places(
-            spec.runtime_dir, spec.cache_dir, scratch_root(spec.runtime_dir, mark), mark, hf_home(spec.cache_dir)
-        )
+        places, cgroups = await prepare(spec, self.log)
         self.core = Core(self.settings, places, self.store.learned())
         self.core.world.good.update(self.store.good())
         self.shared = Shared(
@@ -123,7 +109,7 @@ class Daemon:
             spec.log_dir,
             spec.log_size,
             spec.log_keep,
-            cgroup.delegated_root(),
+            cgroups,
             lambda text: self.voice.note(Note("log", text, "error")),
         )
         self._complain()
@@ -131,7 +117,6 @@ class Daemon:
         self.service = Service(self)
         self.listeners = Listeners(self.service, self.events, spec.socket, self.settings.http)
         await self.listeners.start()
-        self._catch_signals()
         self.serving = True
         self.tasks.start(self._decide(), "core")
         self.tasks.start(self.lookout.watch(), "devices")
@@ -158,7 +143,11 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._asked_to_end)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self.tasks.start(self.service.reload_by_signal(), "reload"))
+        loop.add_signal_handler(signal.SIGHUP, self._asked_to_reload)
+
+    def _asked_to_reload(self) -> None:
+        if self.serving:
+            self.tasks.start(self.service.reload_by_signal(), "reload")
 
     def _asked_to_end(self) -> None:
         self._shutdowns += 1

@@ -164,7 +164,7 @@ class Core:
     def _boot(self, now: float) -> None:
         for inst in self.world.instances.values():
             inst.since = now
-            if inst.spec.autostart and inst.state is State.STOPPED:
+            if inst.spec.autostart and inst.state is State.STOPPED and not self.world.closing:
                 starts.want(self.world, inst, now, patient=True)
 
     def _find(self, model: str, ticket: int | None) -> Sequence[Instance]:

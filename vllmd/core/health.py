@@ -60,7 +60,7 @@ def pulse(inst: Instance, event: Pulse, now: float) -> None:
     """Counters of a ready engine."""
     if inst.state not in (State.READY, State.DRAINING):
         return
-    elapsed = now - inst.tokens_at
+    looked, elapsed = inst.tokens_at, now - inst.tokens_at
     if elapsed > 0:
         inst.tokens_per_s = max(0.0, event.tokens - inst.tokens) / elapsed
     inst.tokens, inst.tokens_at = event.tokens, now
@@ -69,8 +69,11 @@ def pulse(inst: Instance, event: Pulse, now: float) -> None:
         return
     idle = event.running == 0 and event.waiting == 0
     # An engine that answers no canary and has nothing to do cannot prove itself; that is no reason to kill it.
-    if event.moved or (idle and not inst.canary_works):
+    if idle and not inst.canary_works:
         proved(inst, now)
+    elif event.moved:
+        # Some time since the last look: as if right after it, so that a hang is found within hang_after, not later.
+        proved(inst, max(inst.proved, looked))
     if inst.ready_at is not None and now - inst.ready_at >= inst.spec.restart.reset_after:
         inst.failures.clear()
 

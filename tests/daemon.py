@@ -1,0 +1,289 @@
+"""A vllmd as a process, with fake engines: started, asked, waited for by its events, and seen to leave nothing behind.
+
+Waiting is on the daemon's own event stream and on what it logs, never on the clock; each wait has a generous limit.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.processes import Process, find, shared_memory
+from tests.fake.environment import install
+from tests.fake.make_model import make_model
+from vllmd.ctl.client import Client
+from vllmd.ctl.feed import Feed
+from vllmd.places import mark_of
+
+LIMIT = 60.0  # seconds; far above what anything here needs
+ROOT = Path(__file__).parents[1]
+Model = dict[str, Any]
+Until = Callable[[Model], object]
+
+
+def toml(value: Any) -> str:
+    """A value as TOML."""
+    match value:
+        case dict():
+            return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
+        case list():
+            return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(str(value) if isinstance(value, Path) else value)
+
+
+def table(name: str, values: Model) -> str:
+    """A table of a configuration file."""
+    return "\n".join([f"[{name}]", *(f"{key} = {toml(value)}" for key, value in values.items()), ""])
+
+
+class Vllmd:
+    """One state directory and the daemons that run on it, one at a time. The fixture `vllmd` ends and checks it."""
+
+    def __init__(self, folder: Path, vllm: Path, weights: Path) -> None:
+        self.folder, self.weights = folder, weights
+        self.runtime = Path(tempfile.mkdtemp(prefix="vd-"))  # pytest's directory is too long for a socket
+        self.socket, self.config = self.runtime / "s", folder / "vllmd.toml"
+        self.state_dir, self.log_dir = folder / "state", folder / "log"
+        self.mark = mark_of(self.state_dir)
+        self.daemon: Model = {
+            "socket": self.socket, "runtime_dir": self.runtime, "state_dir": self.state_dir, "log_dir": self.log_dir,
+            "cache_dir": folder / "cache", "log_format": "json",
+        }  # fmt: skip
+        self.http: Model = {"listen": []}
+        self.devices: Model = {"limit": "8GiB"}
+        self.defaults: Model = {
+            "executable": vllm, "model": weights, "vram": "1500MiB", "kv_cache": "32MiB", "max_model_len": 512,
+            "args": {"enforce-eager": True}, "env": {"FAKE_START_S": "0.1"}, "stop_timeout": "5s", "drain": "5s",
+            "restart": {"backoff": "100ms", "backoff_max": "200ms"},
+        }  # fmt: skip
+        self.models: dict[str, Model] = {}
+        self.environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(folder), "VLLMD_NVML": "none"}
+        self.command: Sequence[str | Path] = (sys.executable, "-m", "vllmd")
+        self.exit_code = 0  # that of a daemon which the fixture ends
+        self.lines: list[Model] = []  # what the daemons have logged, JSON lines
+        self.said = ""  # all of it as text
+        self.process: subprocess.Popen[bytes] | None = None
+        self._heard = threading.Condition()
+        self._seen_shm: set[Path] = set()
+        self._ears: list[threading.Thread] = []
+
+    # -- life
+
+    def model(self, name: str, fake: Model | None = None, **keys: Any) -> "Vllmd":
+        """Configure a model; `fake` are FAKE_ variables without their prefix."""
+        env = {f"FAKE_{key.upper()}": str(value) for key, value in (fake or {}).items()}
+        self.models[name] = {**keys, **({"env": env | keys.get("env", {})} if env or "env" in keys else {})}
+        return self
+
+    def write(self) -> None:
+        """The configuration as it stands, to its file."""
+        parts = [table("daemon", self.daemon), table("http", self.http), table('devices."*"', self.devices)]
+        parts += [table("defaults", self.defaults), *(table(f"models.{n}", keys) for n, keys in self.models.items())]
+        self.config.write_text("\n".join(parts))
+
+    def spawn(self) -> "subprocess.Popen[bytes]":
+        """Start it and return at once."""
+        self.process = subprocess.Popen(
+            [*self.command, "--config", self.config], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, env=self.environment | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
+            cwd=self.folder,
+        )  # fmt: skip
+        self._ears.append(threading.Thread(target=self._listen, args=(self.process,), daemon=True))
+        self._ears[-1].start()
+        return self.process
+
+    def start(self) -> "Vllmd":
+        """Write the configuration and start; returns when it has said that it is ready."""
+        self.write()
+        before = len(self.lines)
+        self.spawn()
+        self.hear(lambda line: line["event"] == "vllmd is ready", after=before)
+        return self
+
+    def stop(self, *signals: signal.Signals) -> int:
+        """Signal it (SIGTERM), and its exit code once it has ended."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.tree()
+            for number in signals or (signal.SIGTERM,):
+                self.process.send_signal(number)
+        return self.ended()
+
+    def ended(self) -> int:
+        """Its exit code, once it has ended and all that it said is heard."""
+        assert self.process is not None
+        code = self.process.wait(LIMIT)
+        self._ears[-1].join(LIMIT)
+        return code
+
+    def _listen(self, process: "subprocess.Popen[bytes]") -> None:
+        assert process.stderr is not None
+        with process.stderr:
+            for raw in process.stderr:
+                text = raw.decode(errors="replace")
+                with self._heard:
+                    self.said += text
+                    if text.startswith("{"):
+                        self.lines.append(json.loads(text))
+                    self._heard.notify_all()
+        with self._heard:
+            self._heard.notify_all()
+
+    def hear(self, what: Until, after: int = 0) -> Model:
+        """The first line of its log, from number `after` on, that is so; waits for it."""
+        end = time.monotonic() + LIMIT
+        with self._heard:
+            while True:
+                for line in self.lines[after:]:
+                    if what(line):
+                        return line
+                alive = self._ears[-1].is_alive()
+                assert alive and self._heard.wait(max(0.0, end - time.monotonic())), f"never said:\n{self.said}"
+
+    def close(self) -> None:
+        """End everything and see that nothing is left: no process, socket, scratch directory, shared memory."""
+        try:
+            if self.process is not None and self.process.poll() is None:
+                assert self.stop(signal.SIGTERM, signal.SIGTERM) == self.exit_code, self.said[-4000:]
+            left = find(self.mark)
+            for process in left:
+                os.kill(process.pid, signal.SIGKILL)
+            assert left == []
+            shm = sorted(str(path) for path in self._seen_shm if path.exists())
+            assert shm == []
+            if self.runtime.exists():
+                found = [str(path) for path in self.runtime.rglob("*") if path.is_socket() or path.is_file()]
+                assert found == []
+            assert "internal error" not in self.said, self.said[-6000:]
+            assert "Traceback" not in self.said, self.said[-6000:]
+        finally:
+            if self.process is not None and self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+            shutil.rmtree(self.runtime, ignore_errors=True)
+
+    # -- look
+
+    @property
+    def client(self) -> Client:
+        return Client(str(self.socket), LIMIT)
+
+    def status(self) -> Model:
+        """As `vllmctl status --json`."""
+        return dict(self.client.get("/api/v1/status"))
+
+    def look(self, name: str) -> Model:
+        """One model of the status."""
+        return next(each for each in self.status()["models"] if each["name"] == name)
+
+    def why(self, name: str) -> Model:
+        """As `vllmctl why --json`."""
+        return dict(self.client.get(f"/api/v1/models/{name}/why"))
+
+    def device(self) -> Model:
+        """The first device of the status."""
+        return dict(self.status()["devices"][0])
+
+    def tree(self, name: str = "") -> list[Process]:
+        """The live processes of a model, or of all."""
+        found = find(f"{self.mark}:{name}:" if name else self.mark)
+        try:
+            self._seen_shm |= shared_memory(found)
+        except OSError:
+            pass  # one of them has just ended
+        return found
+
+    def last_event(self) -> int:
+        """Where the events stand: `states` looks from there on."""
+        lines = self.client.fetch("GET", "/api/v1/events?follow=0")[1].splitlines()
+        return int(json.loads(lines[-1])["id"]) if lines else 0
+
+    def happened(self, kind: str, after: int = 0) -> list[Model]:
+        """The events of a kind since `after`."""
+        lines = self.client.fetch("GET", f"/api/v1/events?follow=0&after={after}")[1].splitlines()
+        return [event["data"] for event in map(json.loads, lines) if event["event"] == kind]
+
+    def states(self, name: str, after: int = 0) -> list[str]:
+        """The model's state at each change of it since `after`."""
+        mine = [each["state"] for each in self.happened("model", after) if each["name"] == name]
+        return [state for at, state in enumerate(mine) if not at or state != mine[at - 1]]
+
+    # -- act
+
+    def act(self, verb: str, name: str, **body: Any) -> tuple[int, Model]:
+        """POST .../NAME/VERB: HTTP status and the answer (its row, or its error)."""
+        response, raw = self.client.fetch("POST", f"/api/v1/models/{name}/{verb}", body)
+        answer = json.loads(raw)
+        return response.status, answer.get("error", answer)
+
+    def up(self, *names: str) -> list[Model]:
+        """Start them and wait until all are ready."""
+        for name in names:
+            code, answer = self.act("start", name)
+            assert code in (200, 202), answer
+        return [self.wait(name, "ready") for name in names]
+
+    def reload(self) -> tuple[int, Model]:
+        """Write the configuration and have it read: HTTP status and the answer."""
+        self.write()
+        response, raw = self.client.fetch("POST", "/api/v1/reload", {})
+        answer = json.loads(raw)
+        return response.status, answer.get("error", answer)
+
+    def ctl(self, *words: str) -> "subprocess.CompletedProcess[str]":
+        """Run vllmctl to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "vllmd.ctl", "--socket", self.socket, *words], stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=LIMIT, check=False,
+            env=self.environment | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+
+    def wait(self, name: str, until: Until | str, limit: float = LIMIT) -> Model:
+        """The model once it is so (a state, or a test of the model); every event is looked at."""
+        test: Until = (lambda m: m["state"] == until) if isinstance(until, str) else until
+        for models in self._pictures(limit):
+            for model in models:
+                if model["name"] == name and test(model):
+                    return model
+        raise AssertionError(f"{name} is still not {until}: {self.look(name)}\n{self.said[-3000:]}")
+
+    def _pictures(self, limit: float) -> Iterator[list[Model]]:
+        """All models at first, then each one as it changes; ends at the limit."""
+        feed = Feed(self.client)
+        end = time.monotonic() + limit
+        try:
+            yield feed.picture()["models"]
+            while time.monotonic() < end:
+                yield [data for kind, data in feed.poll(1.0)[0] if kind == "model"]
+        finally:
+            feed.close()
+
+
+@pytest.fixture(scope="session")
+def fake_vllm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The command of an environment with the fake in vLLM's place."""
+    return install(tmp_path_factory.mktemp("venv") / "fake")
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, tiny."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def vllmd(tmp_path: Path, fake_vllm: Path, weights: Path) -> Iterator[Vllmd]:
+    """A daemon to be configured and started, ended and checked after the test."""
+    daemon = Vllmd(tmp_path, fake_vllm, weights)
+    yield daemon
+    daemon.close()
