@@ -138,6 +138,10 @@ class Daemon:
         self._write()
         self.store.unlock()
         self.log.info("vllmd has ended")
+        # A second one now must not turn a good end into a death by signal.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
 
     def _catch_signals(self) -> None:
         loop = asyncio.get_running_loop()

@@ -1,57 +1,64 @@
-"""How long a whole vllmctl takes, beside a bare Python with http.client in the same run.
+"""How long a whole vllmctl takes, beside a bare Python and one with http.client, round by round in one run."""
 
-    python -m tests.bench.bench_ctl [RUNS]
-
-`status` talks to a fake vllmd in this process, with 8 and with 100 models. Rounds alternate, so that a busy machine
-slows all of them; the medians count, the ratios more than the times.
-"""
-
+import os
+import pty
 import subprocess
 import sys
-import tempfile
 import time
-from contextlib import ExitStack
-from pathlib import Path
 from statistics import median
 
-from tests.ctl_daemon import Daemon
-from tests.ctl_status import crowd, example
+from tests.bench.figures import Figure, middle
+from tests.bench.stage import await_ready, fake_daemon, tables
+from tests.e2e.daemon import BIN, Daemon
 
-BASE = "import http.client"
-ROOT = Path(__file__).parent.parent.parent
-
-
-def once(command: list[str]) -> float:
-    """Seconds of one run, from exec to exit."""
-    began = time.perf_counter()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, cwd=ROOT)
-    return time.perf_counter() - began
+BASE = "python -c 'import http.client'"
+JSON, TABLE = "vllmctl status --json, 100 models, 8 ready", "vllmctl status on a terminal, 100 models, 8 ready"
 
 
-def main(runs: int = 15) -> None:
-    """Print a line per command."""
-    with ExitStack() as stack:
-        few, many = (Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(2))
-        small = stack.enter_context(Daemon(few, {"GET /api/v1/status": example()}))
-        large = stack.enter_context(Daemon(many, {"GET /api/v1/status": crowd()}))
-        ctl = [sys.executable, "-m", "vllmd.ctl", "status", "--socket"]
-        commands = {
-            "python -c pass": [sys.executable, "-c", "pass"],
-            BASE: [sys.executable, "-c", BASE],
-            "status --json, 8 models": [*ctl, str(small.path), "--json"],
-            "status --json, 100 models": [*ctl, str(large.path), "--json"],
-            "status, 8 models": [*ctl, str(small.path)],
-            "status, 100 models": [*ctl, str(large.path)],
-        }
-        times: dict[str, list[float]] = {name: [] for name in commands}
-        for _ in range(runs):
-            for name, command in commands.items():
-                times[name].append(once(command))
+def run(rounds: int) -> list[Figure]:
+    """The daemon is real, its engines are fakes."""
+    with fake_daemon(tables(8, 100)) as daemon:
+        await_ready(daemon, [f"m{n:03}" for n in range(8)])
+        times = measure(daemon, rounds)
     base = median(times[BASE])
-    print(f"{'median of ' + str(runs):<28} {'ms':>7} {'min':>7}  x http.client")
-    for name, taken in times.items():
-        print(f"{name:<28} {median(taken) * 1e3:7.1f} {min(taken) * 1e3:7.1f}  {median(taken) / base:.2f}")
+    targets = {JSON: 90.0, TABLE: 150.0}
+    return [
+        middle(name, took, "ms", targets.get(name), f"{median(took) / base:.2f} x http.client")
+        for name, took in times.items()
+    ]
 
 
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+def measure(daemon: Daemon, rounds: int) -> dict[str, list[float]]:
+    """Alternating, so that a busy machine slows all of them; the first round is not counted."""
+    ctl = [str(BIN / "vllmctl"), "--socket", str(daemon.socket), "status"]
+    commands = {
+        "python -c pass": [sys.executable, "-c", "pass"],
+        BASE: [sys.executable, "-c", "import http.client"],
+        JSON: [*ctl, "--json"],
+    }
+    times: dict[str, list[float]] = {name: [] for name in [*commands, TABLE]}
+    for _ in range(rounds + 1):
+        for name, command in commands.items():
+            began = time.perf_counter()
+            subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+            times[name].append(time.perf_counter() - began)
+        times[TABLE].append(on_terminal(ctl))
+    return {name: took[1:] for name, took in times.items()}
+
+
+def on_terminal(command: list[str]) -> float:
+    """Seconds of one run whose output is a terminal, until its last byte was read."""
+    ours, theirs = pty.openpty()
+    began = time.perf_counter()
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, env={**os.environ, "TERM": "xterm"}) as process:
+        os.close(theirs)
+        try:
+            while os.read(ours, 65536):
+                continue
+        except OSError:  # how a terminal says that nobody has it open any more
+            pass
+        process.wait()
+        took = time.perf_counter() - began
+    os.close(ours)
+    assert process.returncode == 0
+    return took
