@@ -11,5 +11,5 @@ say() { printf '%s\n' "set-up: $*" >&2; }
 
 say "virtual environment in $venv (about 20 s the first time)"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check --editable '.[dev]'
 touch "$venv/.ready"

@@ -95,12 +95,15 @@ class Vllmd:
         """Start it and return at once."""
         self.process = subprocess.Popen(
             [*self.command, "--config", self.config], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, env=self.environment | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
-            cwd=self.folder,
+            stderr=subprocess.PIPE, env=self._environment(), start_new_session=True, cwd=self.folder,
         )  # fmt: skip
         self._ears.append(threading.Thread(target=self._listen, args=(self.process,), daemon=True))
         self._ears[-1].start()
         return self.process
+
+    def _environment(self) -> dict[str, str]:
+        path = [self.environment.get("PYTHONPATH", ""), str(ROOT)]
+        return self.environment | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
 
     def start(self) -> "Vllmd":
         """Write the configuration and start; returns when it has said that it is ready."""
@@ -122,7 +125,10 @@ class Vllmd:
     def ended(self) -> int:
         """Its exit code, once it has ended and all that it said is heard."""
         assert self.process is not None
-        code = self.process.wait(LIMIT)
+        try:
+            code = self.process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"vllmd does not end:\n{self.said[-4000:]}") from None
         self._ears[-1].join(LIMIT)
         return code
 
@@ -245,7 +251,7 @@ class Vllmd:
         return subprocess.run(
             [sys.executable, "-m", "vllmd.ctl", "--socket", self.socket, *words], stdin=subprocess.DEVNULL,
             capture_output=True, text=True, timeout=LIMIT, check=False,
-            env=self.environment | {"COLUMNS": "200", "PYTHONPATH": str(ROOT)},
+            env=self._environment() | {"COLUMNS": "200"},
         )  # fmt: skip
 
     def wait(self, name: str, until: Until | str, limit: float = LIMIT) -> Model:
@@ -258,13 +264,14 @@ class Vllmd:
         raise AssertionError(f"{name} is still not {until}: {self.look(name)}\n{self.said[-3000:]}")
 
     def _pictures(self, limit: float) -> Iterator[list[Model]]:
-        """All models at first, then each one as it changes; ends at the limit."""
+        """All models at first, then each one as it changes, and all when nothing does; ends at the limit."""
         feed = Feed(self.client)
         end = time.monotonic() + limit
         try:
             yield feed.picture()["models"]
             while time.monotonic() < end:
-                yield [data for kind, data in feed.poll(1.0)[0] if kind == "model"]
+                changed = [data for kind, data in feed.poll(0.2)[0] if kind == "model"]
+                yield changed or feed.picture()["models"]
         finally:
             feed.close()
 

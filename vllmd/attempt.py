@@ -45,6 +45,7 @@ FOLLOW_STARTING, FOLLOW_READY = 0.1, 1.0  # seconds between looks at the log
 PROBE_EVERY = 0.5  # seconds between probes of a start; the log's last line calls for one at once
 PULSE_EVERY = 5.0  # seconds between looks at a ready engine's counters, at most
 PROBE_TIMEOUT = 5.0
+DELIVER = 1.0  # seconds for the API server to hand on the last words of an engine that has finished
 READ_LIMIT = 5.0  # seconds that the log may take to be read for the cause
 DIAGNOSED = 5000  # lines of the log's end that are searched for the cause
 
@@ -83,6 +84,7 @@ class Attempt:
         self._look_now = asyncio.Event()
         self._works: set[asyncio.Task[Any]] = set()
         self._killing = False
+        self._terminated = False
 
     @property
     def live(self) -> bool:
@@ -154,7 +156,7 @@ class Attempt:
         """Read the log as it grows: phases, numbers, signs of life; rotate it."""
         while True:
             self.read_log()
-            await asyncio.sleep(FOLLOW_READY if self.is_ready else FOLLOW_STARTING)
+            await asyncio.sleep(FOLLOW_READY if self.is_ready and not self._terminated else FOLLOW_STARTING)
 
     def read_log(self) -> None:
         """What the log has new, as events."""
@@ -165,12 +167,16 @@ class Attempt:
             if sign is None:
                 continue
             if sign.phase is not None:
+                if sign.phase is Phase.LOAD is not self.phase:
+                    self._begin(self._find_files(), "shared memory")
                 self.phase = sign.phase
                 self.post(Progress(self.instance, self.number, sign.phase, sign.fraction, sign.note))
                 if sign.phase is Phase.HTTP:
                     self._look_now.set()
             if sign.figures is not None or sign.measured:
                 self.post(Printed(self.instance, self.number, sign.figures or Figures(), sign.measured))
+            if sign.drained and self._terminated and "data-parallel-size" not in self.spec.args:
+                self._begin(self._drained(), "drain")
         if lines and not self.is_ready:
             self.post(Alive(self.instance, self.number))
         if self.is_ready:
@@ -179,11 +185,18 @@ class Attempt:
             if self.follower.trouble and self.follower.trouble != before:
                 self.shared.complain(self.follower.trouble)
 
+    async def _find_files(self) -> None:
+        """While they live: a dead process does not show what it had mapped. From loading on vLLM has its queues."""
+        assert self.watch is not None
+        pids = [member.pid for member in self.watch.known]
+        self._files |= await in_thread(lambda: shared_files(pids), 2.0, self._files)
+
     async def _until_ready(self) -> None:
         """Ask until it serves, names us, and the listening socket is our tree's."""
         while not await self._serves():
             try:
-                await asyncio.wait_for(self._look_now.wait(), PROBE_EVERY)
+                async with asyncio.timeout(PROBE_EVERY):
+                    await self._look_now.wait()
                 await asyncio.sleep(0.02)  # the last line is printed just before it listens
             except TimeoutError:
                 continue
@@ -192,8 +205,7 @@ class Attempt:
         self.is_ready = True
         members = self.watch.ready(pids=cgroup.pids(self.child.cgroup if self.child else None))
         pids = tuple(sorted(member.pid for member in members))
-        # Only a live process shows what it has mapped; the leader may be dead when the tree is killed.
-        self._files = await in_thread(lambda: shared_files(pids), 2.0, self._files)
+        await self._find_files()
         self.read_log()  # numbers that were printed before it served belong to the start
         self.post(Ready(self.instance, self.number, pids))
         self._begin(self._pulses(), "pulse")
@@ -227,21 +239,10 @@ class Attempt:
     def _pulse(self, seen: Counters) -> None:
         before, self._counters = self._counters, seen
         moved = before is not None and (seen.generation_tokens, seen.prompt_tokens, seen.iterations) != (
-            before.generation_tokens,
-            before.prompt_tokens,
-            before.iterations,
-        )
-        self.post(
-            Pulse(
-                self.instance,
-                self.number,
-                int(seen.running),
-                int(seen.waiting),
-                seen.generation_tokens,
-                moved,
-                seen.kv_usage,
-            )
-        )
+            before.generation_tokens, before.prompt_tokens, before.iterations,
+        )  # fmt: skip
+        running, waiting = int(seen.running), int(seen.waiting)
+        self.post(Pulse(self.instance, self.number, running, waiting, seen.generation_tokens, moved, seen.kv_usage))
 
     # -- what it is asked
 
@@ -261,7 +262,13 @@ class Attempt:
     def terminate(self) -> None:
         """SIGTERM to the leader alone."""
         if self.child is not None:
+            self._terminated = True
             self.child.terminate()
+
+    async def _drained(self) -> None:
+        """All requests are done. vLLM now waits 11 s for workers that do not go, more on a busy machine; a kill is 0.1 s."""
+        await asyncio.sleep(DELIVER)
+        self.post(Broken(self.instance, self.number, "drained", 0))
 
     async def canary(self) -> None:
         """One token through the engine, within hang_after."""
@@ -290,13 +297,9 @@ class Attempt:
                 await in_thread(lambda: tail(path, DIAGNOSED), READ_LIMIT, list[str]()) if self.child else []
             )
             cause = diagnose(
-                lines,
-                status=self._status,
-                what=self._what,
-                phase=self.phase,
-                rules=self.shared.rules,
+                lines, status=self._status, what=self._what, phase=self.phase, rules=self.shared.rules,
                 ready=self.is_ready,
-            )
+            )  # fmt: skip
             trouble = logfile.keep_failed(self.shared.log_dir, self.instance)
             if trouble:
                 self.shared.complain(trouble)

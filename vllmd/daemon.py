@@ -51,6 +51,7 @@ from vllmd.spec import Cause, Settings
 from vllmd.voice import Voice
 
 SAVE_AFTER = 0.2  # seconds that changes are collected before they are written
+LAST_WRITE = 5.0  # seconds that writing may take at the end: a disk that hangs must not hold up a shutdown
 
 
 class Daemon:
@@ -135,7 +136,7 @@ class Daemon:
         for inst in self.core.world.instances.values():
             if inst.state in ALIVE and inst.id in self.attempts:  # only after an internal error
                 await self.attempts[inst.id].end()
-        self._write()
+        await in_thread(self._write, LAST_WRITE, None)
         self.store.unlock()
         self.log.info("vllmd has ended")
         # A second one now must not turn a good end into a death by signal.

@@ -47,7 +47,8 @@ class Lookout:
         while True:
             busy = any(attempt.live and not attempt.is_ready for attempt in self._attempts.values())
             try:
-                await asyncio.wait_for(self._soon.wait(), BUSY if busy else EVERY)
+                async with asyncio.timeout(BUSY if busy else EVERY):  # wait_for loses a cancellation before Python 3.12
+                    await self._soon.wait()
                 await asyncio.sleep(SOONEST)
             except TimeoutError:
                 pass

@@ -45,7 +45,9 @@ def parse_duration(text: str) -> float:
 
 
 def gib(size: float) -> str:
-    """A size for a sentence: "5.0 GiB"; below 0.05 GiB in MiB, so that small things do not read as 0.0."""
+    """A size for a sentence: "5.0 GiB"; below 0.05 GiB in MiB or KiB, so that small things do not read as 0."""
+    if 0 < size < MIB:
+        return f"{size / KIB:.0f} KiB"
     if 0 < size < 0.05 * GIB:
         return f"{size / MIB:.0f} MiB"
     return f"{size / GIB:.1f} GiB"

@@ -67,13 +67,13 @@ class Refusal:
 AT_ONCE = {
     "no-path": Refusal("no-model", ("/nonexistent/model",), "model"),
     "no-flag": Refusal("unknown-flag", ("no-such-flag",), "no-such-flag"),
-    "small-kv": Refusal("kv-too-small", ("512 tokens", "kv_cache"), "max_model_len = 384"),
+    "small-kv": Refusal("kv-too-small", ("512 tokens needs 320 KiB", "kv_cache is 256 KiB"), "max_model_len = 384"),
     "no-port": Refusal("port-taken", ("is taken by", "pytest"), 'port = "auto"'),
     "long": Refusal("context-too-long", ("4096", "2048"), "max_model_len = 2048"),
     "no-trust": Refusal("needs-remote-code", ("trust-remote-code",), "trust-remote-code = true"),
 }
 BY_VLLM = {
-    "no-package": Refusal("missing-package", ("verovio",), "verovio"),
+    "no-package": Refusal("package-missing", ("verovio",), "verovio"),
     "hidden-kv": Refusal("kv-too-small", ("max_model_len 512",), "max_model_len = 384"),
 }
 

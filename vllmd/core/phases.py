@@ -17,7 +17,7 @@ from vllmd.units import GIB
 class Sign:
     """What a line tells. `phase` None: no news on that. `fraction` 0..1 of the phase; `note` its own words.
 
-    `measured`: the engine's measuring of device memory is over.
+    `measured`: the engine's measuring of device memory is over. `drained`: told to end, it has finished its requests.
     """
 
     phase: Phase | None = None
@@ -25,6 +25,7 @@ class Sign:
     note: str = ""
     figures: Figures | None = None
     measured: bool = False
+    drained: bool = False
 
 
 Reader = Callable[[re.Match[str]], Sign]
@@ -134,6 +135,7 @@ _ROWS: tuple[tuple[str, Reader], ...] = (
         _cpu_kv,
     ),
     (r"^init engine \(", lambda _: Sign(measured=True)),
+    (r"^\[shutdown\] EngineCore: request processing complete", lambda _: Sign(drained=True)),
     (
         r"^Starting vLLM (?:API )?server|^Available routes are|^Started server process|^Waiting for application startup"
         r"|^Application startup complete",

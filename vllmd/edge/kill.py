@@ -91,7 +91,8 @@ async def in_thread(work: Callable[[], T], limit: float, default: T) -> T:
 
     threading.Thread(target=run, name="vllmd-proc", daemon=True).start()
     try:
-        return await asyncio.wait_for(future, limit)
+        async with asyncio.timeout(limit):  # wait_for loses a cancellation before Python 3.12
+            return await future
     except (OSError, TimeoutError):
         return default
 
@@ -149,7 +150,8 @@ async def _wait_ended(fds: set[int], limit: float) -> set[int]:
         loop.add_reader(fd, ended, fd)
     try:
         if running:
-            await asyncio.wait_for(done.wait(), limit)
+            async with asyncio.timeout(limit):
+                await done.wait()
     except TimeoutError:
         pass
     finally:

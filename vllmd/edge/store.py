@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,7 @@ class Store:
         self.directory = directory
         self._lock: int | None = None
         self._complaints: list[str] = []
+        self._writing = threading.Lock()  # a write that hangs may be given up, and is not to be met by another one
 
     def lock(self) -> None:
         """Take the directory for this process, until it ends. Raises Taken with the holder's pid, OSError if unwritable."""
@@ -57,10 +59,10 @@ class Store:
         return said
 
     def learned(self) -> dict[str, Learned]:
-        """All learned needs; {} when there are none or the file is damaged."""
+        """All learned needs that can be understood; {} when there are none or the file is damaged."""
         needs = {}
         for key, value in self._read("needs.json").items():
-            with contextlib.suppress(TypeError, ValueError, AttributeError):
+            with contextlib.suppress(TypeError, ValueError, LookupError, AttributeError, OverflowError):
                 phases = {str(phase): float(seconds) for phase, seconds in value["phases"].items()}
                 needs[key] = Learned(int(value["base"]), int(value["kv"]), phases, float(value["total"]))
         return needs
@@ -101,11 +103,11 @@ class Store:
         """Whole or not at all: temporary file, fsync, rename."""
         path, temporary = self.directory / name, self.directory / f".{name}.new"
         try:
-            with temporary.open("w") as file:
+            with self._writing, temporary.open("w") as file:
                 json.dump(value, file, indent=1, sort_keys=True)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.rename(path)
+                temporary.rename(path)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
