@@ -14,7 +14,7 @@ import pytest
 from tests.children import LIMIT, Start, start, stranger, subreaper, wait_for
 from vllmd.edge import cgroup, procfs, tree
 from vllmd.edge.kill import kill_tree
-from vllmd.edge.listener import listener_owner
+from vllmd.edge.listener import connections, listener_owner
 from vllmd.edge.procfs import Member, Stat
 
 __all__ = ["start", "stranger", "subreaper"]  # fixtures
@@ -203,3 +203,20 @@ s.bind(("127.0.0.1", int(os.environ["PORT"]))); s.listen(); stay()
         endpoint = f"http://127.0.0.1:{port}"
         assert listener_owner(endpoint, [os.getpid()]) == frozenset()
         assert listener_owner(endpoint, [os.getpid(), other.child.pid]) == frozenset({os.getpid(), other.child.pid})
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_connected_clients_are_counted(tmp_path: Path, kind: str) -> None:
+    """A drained engine is ended once nobody is connected: each client counts until it has gone."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET) as server:
+        server.bind(str(path) if kind == "unix" else ("127.0.0.1", 0))
+        server.listen()
+        endpoint = f"unix:{path}" if kind == "unix" else f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert connections(endpoint) == 0
+        with socket.socket(server.family) as client:
+            client.connect(server.getsockname())
+            accepted, _ = server.accept()
+            assert connections(endpoint) == 1
+        accepted.close()
+        assert connections(endpoint) == 0

@@ -17,7 +17,7 @@ from vllmd.core.words import leader_ended, member_died
 from vllmd.edge import cgroup, logfile
 from vllmd.edge.kill import in_thread, kill_tree
 from vllmd.edge.leftovers import shared_files
-from vllmd.edge.listener import listener_owner
+from vllmd.edge.listener import connections, listener_owner
 from vllmd.edge.logread import tail
 from vllmd.edge.probe import Counters, Probe, ProbeError
 from vllmd.edge.process import Child, spawn
@@ -45,7 +45,7 @@ FOLLOW_STARTING, FOLLOW_READY = 0.1, 1.0  # seconds between looks at the log
 PROBE_EVERY = 0.5  # seconds between probes of a start; the log's last line calls for one at once
 PULSE_EVERY = 5.0  # seconds between looks at a ready engine's counters, at most
 PROBE_TIMEOUT = 5.0
-DELIVER = 1.0  # seconds for the API server to hand on the last words of an engine that has finished
+DELIVER = 10.0  # seconds for the API server to hand on the last words of an engine that has finished
 READ_LIMIT = 5.0  # seconds that the log may take to be read for the cause
 DIAGNOSED = 5000  # lines of the log's end that are searched for the cause
 
@@ -238,11 +238,9 @@ class Attempt:
 
     def _pulse(self, seen: Counters) -> None:
         before, self._counters = self._counters, seen
-        moved = before is not None and (seen.generation_tokens, seen.prompt_tokens, seen.iterations) != (
-            before.generation_tokens, before.prompt_tokens, before.iterations,
-        )  # fmt: skip
-        running, waiting = int(seen.running), int(seen.waiting)
-        self.post(Pulse(self.instance, self.number, running, waiting, seen.generation_tokens, moved, seen.kv_usage))
+        moved = before is not None and seen.progress != before.progress
+        tokens = seen.generation_tokens
+        self.post(Pulse(self.instance, self.number, seen.running, seen.waiting, tokens, moved, seen.kv_usage))
 
     # -- what it is asked
 
@@ -266,8 +264,12 @@ class Attempt:
             self.child.terminate()
 
     async def _drained(self) -> None:
-        """All requests are done. vLLM now waits 11 s for workers that do not go, more on a busy machine; a kill is 0.1 s."""
-        await asyncio.sleep(DELIVER)
+        """All requests are done. vLLM now waits 11 s for workers that do not go, more on a busy machine. A kill is 0.1 s,
+        due as soon as no client reads the last words any more."""
+        for _ in range(int(DELIVER / FOLLOW_STARTING)):
+            if not await in_thread(lambda: connections(self.launch.endpoint), 1.0, 0):
+                break
+            await asyncio.sleep(FOLLOW_STARTING)
         self.post(Broken(self.instance, self.number, "drained", 0))
 
     async def canary(self) -> None:

@@ -77,9 +77,7 @@ def _model(old: ModelSpec | None, new: ModelSpec) -> ModelChange:
 def _differing(section: Section, old: Any, new: Any) -> list[Option]:
     """The options of a section whose fields differ; a table that is not there has none of its values."""
     return [
-        option
-        for key, option in SECTIONS[section].items()
-        if getattr(old, key, _ABSENT) != getattr(new, key, _ABSENT)
+        option for key, option in SECTIONS[section].items() if getattr(old, key, _ABSENT) != getattr(new, key, _ABSENT)
     ]
 
 

@@ -54,7 +54,9 @@ def _missing(names: list[str], known: Known) -> Iterator[Fault]:
 
 
 def _means_model(key: str) -> bool:
-    return 3 <= len(key) <= 7 and key not in SECTIONS[Section.MODELS] and nearest(key, SECTIONS[Section.MODELS]) == "model"
+    return (
+        3 <= len(key) <= 7 and key not in SECTIONS[Section.MODELS] and nearest(key, SECTIONS[Section.MODELS]) == "model"
+    )
 
 
 def _ports(draft: Draft, names: list[str]) -> Iterator[Fault]:

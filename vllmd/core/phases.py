@@ -135,7 +135,7 @@ _ROWS: tuple[tuple[str, Reader], ...] = (
         _cpu_kv,
     ),
     (r"^init engine \(", lambda _: Sign(measured=True)),
-    (r"^\[shutdown\] EngineCore: request processing complete", lambda _: Sign(drained=True)),
+    (r"^EngineCore: request processing complete", lambda _: Sign(drained=True)),
     (
         r"^Starting vLLM (?:API )?server|^Available routes are|^Started server process|^Waiting for application startup"
         r"|^Application startup complete",

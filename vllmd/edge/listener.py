@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-_LISTEN = "0A"
+_LISTEN, _ESTABLISHED = "0A", "01"  # states in /proc/net/tcp
+_CONNECTED = "03"  # in /proc/net/unix
 
 
 class Listener(NamedTuple):
@@ -34,13 +35,26 @@ def listener_owner(endpoint: str, pids: Iterable[int], net: Path = Path("/proc/n
         return _unix_owner(endpoint.removeprefix("unix:"))
     parts = urlsplit(endpoint)
     address = ipaddress.ip_address("127.0.0.1" if parts.hostname in (None, "localhost") else parts.hostname)
-    inodes = {row.inode for row in _answering(address, parts.port or 80, _listeners(net))}
+    inodes = {row.inode for row in _answering(address, parts.port or 80, _rows(net, _LISTEN))}
     if not inodes:
         return None
     owned = {pid: _sockets(pid) & inodes for pid in pids}
     if inodes - frozenset().union(*owned.values()):
         return frozenset()
     return frozenset(pid for pid, own in owned.items() if own)
+
+
+def connections(endpoint: str, net: Path = Path("/proc/net")) -> int:
+    """How many clients are connected to "unix:/path" or "http://host:port" now."""
+    if endpoint.startswith("unix:"):
+        path = endpoint.removeprefix("unix:")
+        try:
+            rows = [line.split(maxsplit=7) for line in (net / "unix").read_text().splitlines()[1:]]
+        except OSError:
+            return 0
+        return sum(len(row) == 8 and row[5] == _CONNECTED and row[7] == path for row in rows)
+    port = urlsplit(endpoint).port or 80
+    return sum(row.port == port for row in _rows(net, _ESTABLISHED))
 
 
 def _unix_owner(path: str) -> frozenset[int] | None:
@@ -66,7 +80,7 @@ def _answering(
     return []
 
 
-def _listeners(net: Path) -> list[Listener]:
+def _rows(net: Path, state: str) -> list[Listener]:
     rows = []
     for name in ("tcp", "tcp6"):
         try:
@@ -75,7 +89,7 @@ def _listeners(net: Path) -> list[Listener]:
             continue
         for line in lines:
             fields = line.split()
-            if fields[3] == _LISTEN:
+            if fields[3] == state:
                 address, _, port = fields[1].rpartition(":")
                 rows.append(Listener(_address(address), int(port, 16), int(fields[9])))
     return rows

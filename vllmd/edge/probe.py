@@ -40,6 +40,11 @@ class Counters:
     iterations: float
     kv_usage: float  # 0..1, of the fullest rank
 
+    @property
+    def progress(self) -> tuple[float, float, float]:
+        """What an engine that works cannot leave unchanged."""
+        return self.generation_tokens, self.prompt_tokens, self.iterations
+
 
 class Probe:
     """Asks engines. Remembers which kind of canary an engine answers."""
