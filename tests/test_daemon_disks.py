@@ -113,7 +113,7 @@ def test_damaged_state_is_set_aside_and_named(vllmd: Vllmd, rubbish: bytes) -> N
     vllmd.state_dir.mkdir()
     for name in ("needs", "good"):
         (vllmd.state_dir / f"{name}.json").write_bytes(rubbish)
-    vllmd.model("a").start()
+    vllmd.model("a", {"memory": 64 << 20}).start()
     vllmd.up("a")
     if rubbish != NO_ROW:
         for name in ("needs", "good"):

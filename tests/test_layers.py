@@ -16,6 +16,7 @@ WIRING = {
     "vllmd.voice",
     "vllmd.lookout",
     "vllmd.ground",
+    "vllmd.shared",
     "vllmd.__main__",
 }
 

@@ -5,13 +5,12 @@ Everything it learns becomes an event with its attempt's number; it decides noth
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from vllmd.core.cause import Rules, diagnose
+from vllmd.core.cause import diagnose
 from vllmd.core.phases import read as read_sign
 from vllmd.core.words import leader_ended, member_died
 from vllmd.edge import cgroup, logfile
@@ -19,10 +18,9 @@ from vllmd.edge.kill import in_thread, kill_tree
 from vllmd.edge.leftovers import shared_files
 from vllmd.edge.listener import connections, listener_owner
 from vllmd.edge.logread import tail
-from vllmd.edge.probe import Counters, Probe, ProbeError
+from vllmd.edge.probe import Counters, ProbeError
 from vllmd.edge.process import Child, spawn
 from vllmd.edge.procfs import Member, Table, bytes_read, read_table
-from vllmd.edge.tasks import Tasks
 from vllmd.edge.tree import TreeWatch, fast_members
 from vllmd.events import (
     Alive,
@@ -39,6 +37,7 @@ from vllmd.events import (
     Spawn,
     Spawned,
 )
+from vllmd.shared import Shared
 from vllmd.spec import ModelSpec
 
 FOLLOW_STARTING, FOLLOW_READY = 0.1, 1.0  # seconds between looks at the log
@@ -48,21 +47,6 @@ PROBE_TIMEOUT = 5.0
 DELIVER = 10.0  # seconds for the API server to hand on the last words of an engine that has finished
 READ_LIMIT = 5.0  # seconds that the log may take to be read for the cause
 DIAGNOSED = 5000  # lines of the log's end that are searched for the cause
-
-
-@dataclass(slots=True)
-class Shared:
-    """What all attempts use. The log's limits change with a reload."""
-
-    post: Callable[[Event], None]
-    tasks: Tasks
-    probe: Probe
-    rules: Rules
-    log_dir: Path
-    log_size: int
-    log_keep: int
-    cgroups: Path | None
-    complain: Callable[[str], None]
 
 
 class Attempt:
@@ -77,7 +61,8 @@ class Attempt:
         self.follower: logfile.Follower | None = None
         self.phase: Phase | None = None
         self.is_ready = False
-        self._what, self._status = "", None  # type: str, int | None
+        self._what = ""
+        self._status: int | None = None
         self._bytes_read = 0
         self._files: frozenset[Path] = frozenset()
         self._counters: Counters | None = None
@@ -105,7 +90,8 @@ class Attempt:
             self._spawn()
         except OSError as error:
             self._what = f"cannot run {self.launch.argv[0]}: {error.strerror or error}"
-            self.post(Broken(self.instance, self.number, self._what, 127))
+            self._status = 127
+            self.post(Broken(self.instance, self.number, self._what, self._status))
             return
         assert self.child is not None
         self.watch = TreeWatch(self.child.leader, self._member_died)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import assert_never
 
 from vllmd import __version__
-from vllmd.attempt import Attempt, Shared
+from vllmd.attempt import Attempt
 from vllmd.core.cause import parse_rules
 from vllmd.core.core import Core
 from vllmd.core.states import ALIVE
@@ -47,6 +47,7 @@ from vllmd.events import (
 from vllmd.ground import prepare
 from vllmd.lookout import Lookout
 from vllmd.service import Service
+from vllmd.shared import Shared
 from vllmd.spec import Cause, Settings
 from vllmd.voice import Voice
 

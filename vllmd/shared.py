@@ -1,0 +1,25 @@
+"""What all attempts share of the daemon."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllmd.core.cause import Rules
+from vllmd.edge.probe import Probe
+from vllmd.edge.tasks import Tasks
+from vllmd.events import Event
+
+
+@dataclass(slots=True)
+class Shared:
+    """What all attempts use. The log's limits change with a reload."""
+
+    post: Callable[[Event], None]
+    tasks: Tasks
+    probe: Probe
+    rules: Rules
+    log_dir: Path
+    log_size: int
+    log_keep: int
+    cgroups: Path | None
+    complain: Callable[[str], None]
