@@ -60,9 +60,7 @@ def spec(name: str, vram: float = 3.0, **more: object) -> ModelSpec:
 
 def settings(*models: ModelSpec, limit: float | None = None, reserve: float | None = 0.0) -> Settings:
     """A configuration with these models."""
-    rule = DeviceRule(
-        None if reserve is None else int(reserve * GIB), None if limit is None else int(limit * GIB)
-    )
+    rule = DeviceRule(None if reserve is None else int(reserve * GIB), None if limit is None else int(limit * GIB))
     return Settings(DAEMON, devices={"*": rule}, models={m.name: m for m in models})
 
 

@@ -10,6 +10,7 @@ from vllmd.events import (
     CanaryBack,
     DevicesRead,
     Finish,
+    Gone,
     KillTree,
     Phase,
     Progress,
@@ -158,6 +159,24 @@ def test_memory_that_never_comes_back_is_called_a_leak_and_counts_as_external() 
     ticket = start(sim, "b")
     sim.inspect("b")
     assert sim.answers[ticket].status == 409
+
+
+def test_the_end_of_all_does_not_wait_for_memory() -> None:
+    """A driver that is dead answers no more, and nothing will be started."""
+    sim = Sim(settings(spec("a", 3), spec("b", 3)))
+    for name in "ab":
+        start(sim, name)
+        sim.up(name)
+    sim.send(sim.reading())
+    stop(sim, "a", now=True)
+    sim.send(Gone("a", sim.alive.pop("a")))
+    assert sim.state("a") is State.STOPPING
+    sim.send(Shutdown())
+    sim.breaks("b", status=0)
+    sim.send(Gone("b", sim.alive.pop("b")))
+    assert sim.state("b") is State.STOPPED
+    sim.send(DevicesRead((), "the driver is dead"))
+    assert sim.state("a") is State.STOPPED and sim.count(Finish) == 1
 
 
 def test_a_measuring_start_excludes_every_other_start_on_its_device() -> None:

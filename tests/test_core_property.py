@@ -150,7 +150,9 @@ class Life(RuleBasedStateMachine):
         sim = self.sim
         sim.external = dict.fromkeys(sim.totals, 0)
         for _ in range(200):
-            if not any(i.deadline is not None and i.state is not State.READY for i in sim.core.world.instances.values()):
+            if not any(
+                i.deadline is not None and i.state is not State.READY for i in sim.core.world.instances.values()
+            ):
                 break
             for who in list(sim.core.world.instances):
                 if who not in sim.core.world.instances:

@@ -149,9 +149,7 @@ def neighbour() -> Iterator["subprocess.Popen[bytes]"]:
 
 
 @pytest.mark.parametrize("when", ["ready", "starting"])
-def test_leftovers_of_a_killed_daemon_are_swept(
-    vllmd: Vllmd, neighbour: "subprocess.Popen[bytes]", when: str
-) -> None:
+def test_leftovers_of_a_killed_daemon_are_swept(vllmd: Vllmd, neighbour: "subprocess.Popen[bytes]", when: str) -> None:
     """SIGKILL of vllmd: the next one kills what carries its mark, before it starts anything; all others live on."""
     fake = {"escape": 1} if when == "ready" else {"stall_at": "load", "once": vllmd.folder / "once"}
     vllmd.model("a", fake, port="auto").start()

@@ -122,14 +122,16 @@ def test_damaged_state_is_set_aside_and_named(vllmd: Vllmd, rubbish: bytes) -> N
     needs = vllmd.state_dir / "needs.json"
     vllmd.wait("a", lambda _: needs.exists() and needs.read_bytes() not in (rubbish, b"{}"))  # measured, and kept
     assert vllmd.stop() == 0
-    assert [row["kv"] for row in json.loads(needs.read_bytes()).values()] == [32 << 20]
-    assert list(json.loads((vllmd.state_dir / "good.json").read_bytes())) == ["a"]
+    (need,) = json.loads(needs.read_bytes()).values()
+    assert need["base"] > 16 << 20 and need["kv"] > 16 << 20
+    assert "a" in json.loads((vllmd.state_dir / "good.json").read_bytes())
 
 
 def test_state_of_an_older_or_newer_vllmd_is_no_obstacle(vllmd: Vllmd) -> None:
     """Keys that it does not know, keys that are missing."""
     vllmd.state_dir.mkdir()
-    rows = {"k": {"base": 5, "kv": 1, "phases": {}, "total": 1, "new": True}, "old": {"base": 5}, "inf": {"base": 1e999, "kv": 1, "phases": {}}}
+    good = {"base": 5, "kv": 1, "phases": {}, "total": 1}
+    rows = {"newer": good | {"more": True}, "older": {"base": 5}, "endless": good | {"base": 1e999}, "no row": [5]}
     (vllmd.state_dir / "needs.json").write_text(json.dumps(rows))
     vllmd.model("a").start()
     vllmd.up("a")
@@ -152,5 +154,3 @@ def test_an_unwritable_state_directory_ends_the_daemon_with_the_reason(vllmd: Vl
     assert vllmd.ended() == 1
     assert str(vllmd.state_dir) in vllmd.said
     assert "Traceback" not in vllmd.said
-
-

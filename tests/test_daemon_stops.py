@@ -183,7 +183,7 @@ def test_twenty_clients_start_two_models_at_once(vllmd: Vllmd) -> None:
 def test_hammering(vllmd: Vllmd, seed: int) -> None:
     """Sixty wishes from five threads: each is answered, no two trees of one model, and in the end all is accounted for."""
     vllmd.devices["limit"] = "3GiB"  # two of the three
-    vllmd.defaults |= {"drain": "1s", "stop_timeout": "1s"}
+    vllmd.defaults |= {"drain": "1s", "stop_timeout": "1s", "queue_timeout": "5s"}
     for name in "abc":
         vllmd.model(name, {"start_s": 0.2})
     vllmd.start()
@@ -206,8 +206,8 @@ def test_hammering(vllmd: Vllmd, seed: int) -> None:
     assert len(codes) == 60 and set(codes) <= {200, 202, 409}, codes
     assert crowded == []
     for name in "abc":
-        settled = vllmd.wait(name, lambda m: m["state"] in ("ready", "stopped") and not m["deadline_s"] or m["pid"])
-        assert settled["state"] != "failed"
+        settled = vllmd.wait(name, lambda m: m["state"] in ("ready", "stopped", "failed"))
+        assert settled["state"] != "failed" or settled["why"]["class"] == "no-room"  # it was accepted, and others came
     for name in "abc":
         vllmd.act("stop", name, now=True)
         vllmd.wait(name, "stopped")

@@ -1,4 +1,5 @@
 """The fake engine keeps the promises that other tests build on: vLLM's tree, signals, exits and words."""
+
 import ast
 import http.client
 import json
@@ -192,8 +193,8 @@ def test_child_death_ends_all_with_zero(start: Callable[..., Fake], victim: str)
     bodies: list[bytes] = []
     asker = threading.Thread(target=lambda: bodies.append(fake.ask("/v1/chat/completions", chat(stream=True))[1]))
     asker.start()
-    until(lambda: b"num_requests_running{engine=\"0\",model_name=\"org/model\"} 1.0" in fake.ask("/metrics")[1])
-    until(lambda: b"generation_tokens_total{engine=\"0\",model_name=\"org/model\"} 1.0" in fake.ask("/metrics")[1])
+    until(lambda: b'num_requests_running{engine="0",model_name="org/model"} 1.0' in fake.ask("/metrics")[1])
+    until(lambda: b'generation_tokens_total{engine="0",model_name="org/model"} 1.0' in fake.ask("/metrics")[1])
 
     fake.group()[victim].kill()
     until(lambda: fake.ask("/health")[0] == 503)
@@ -222,7 +223,7 @@ def test_drain_finishes_what_runs(start: Callable[..., Fake]) -> None:
     answers: list[int] = []
     asker = threading.Thread(target=lambda: answers.append(fake.ask("/v1/chat/completions", chat())[0]))
     asker.start()
-    until(lambda: b"num_requests_running{engine=\"0\",model_name=\"org/model\"} 1.0" in fake.ask("/metrics")[1])
+    until(lambda: b'num_requests_running{engine="0",model_name="org/model"} 1.0' in fake.ask("/metrics")[1])
 
     fake.process.terminate()
     until(lambda: "mode=drain" in fake.text(), fake)

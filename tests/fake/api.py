@@ -1,4 +1,5 @@
 """The paths of vLLM's API server. A completion goes through the engine; /health does not, and lies as the real one."""
+
 import json
 import os
 import threading

@@ -5,6 +5,7 @@ worker with it. Tokens are paced by one heap of due times in one select, so an i
 request costs one round trip to the first worker, so that a stopped worker stops it. Where it differs from vLLM: an
 orphan gives up after ten minutes.
 """
+
 import heapq
 import os
 import selectors

@@ -3,6 +3,7 @@
 The modules are laid out as in vLLM 0.32: `vllm.entrypoints.cli.main:main` is the command, EngineArgs and FrontendArgs
 are dataclasses whose fields are the flags. The launcher of the API server is where the slow imports are.
 """
+
 import sys
 from pathlib import Path
 from typing import Final

@@ -35,6 +35,7 @@ Signals, as in vLLM: before the engine is spawned SIGTERM kills; from then to re
 serving both mean stop: at once, or after --shutdown-timeout of drain; a cap that is hit with requests left kills the
 engine and leaves the leader hanging.
 """
+
 import os
 import signal
 import socket
@@ -116,7 +117,7 @@ def logo(options: Options) -> None:
     log("APIServer", "api_utils.py:347", art)
     secret = {"api_key", "hf_token"}
     shown = {name: "***" if name in secret else value for name, value in options.given.items()}
-    log("APIServer", "api_utils.py:286", f"non-default args: {({'model_tag': options.model} | shown)!r}")
+    log("APIServer", "api_utils.py:286", f"non-default args: { ({'model_tag': options.model} | shown)!r}")
 
 
 def fail(phase: str, options: Options, faults: Faults) -> None:

@@ -1,4 +1,5 @@
 """The FAKE_* environment as one value, and the clock of the start: each phase takes its share, or goes wrong in it."""
+
 import mmap
 import os
 import signal

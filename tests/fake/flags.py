@@ -2,14 +2,21 @@
 
 argparse itself is left out: eight fakes start at once in a test, and its import is a tenth of their life.
 """
+
 import re
 import sys
 from pathlib import Path
 from typing import Final, NamedTuple, NoReturn
 
 ALIASES: Final = {
-    "-tp": "tensor_parallel_size", "-pp": "pipeline_parallel_size", "-dp": "data_parallel_size", "-q": "quantization",
-    "-asc": "api_server_count", "-cc": "compilation_config", "-sc": "speculative_config", "-ac": "attention_config",
+    "-tp": "tensor_parallel_size",
+    "-pp": "pipeline_parallel_size",
+    "-dp": "data_parallel_size",
+    "-q": "quantization",
+    "-asc": "api_server_count",
+    "-cc": "compilation_config",
+    "-sc": "speculative_config",
+    "-ac": "attention_config",
     "--device-memory-utilization": "gpu_memory_utilization",
 }
 SUFFIX: Final = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -3,6 +3,7 @@
 A request is a value, an answer is bytes or an iterator of chunks; what the paths mean is api.py's. A client that goes
 away is seen at once, by its hang-up, while the engine works for it.
 """
+
 import os
 import select
 import socket

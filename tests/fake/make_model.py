@@ -1,4 +1,5 @@
 """A model folder that looks like one: a config, safetensors with a true header and a hole for data, tokenizer stubs."""
+
 import json
 import struct
 from pathlib import Path

@@ -1,8 +1,9 @@
 """/metrics: the counters of one engine in vLLM's names, as of its last word: stale when it hangs, as in vLLM."""
+
 from typing import NamedTuple
 
 # Only for the size of the body: the real one has some fifty further histograms' buckets.
-FILLER = "vllm:request_params_n_bucket{%s,le=\"%d\"} 0.0\n"
+FILLER = 'vllm:request_params_n_bucket{%s,le="%d"} 0.0\n'
 BUCKETS = (0.001, 0.01, 0.1, 1.0, 10.0, 100.0)
 
 

@@ -1,4 +1,5 @@
 """What the fake reads of a model folder: enough to size the KV cache and to refuse what vLLM would refuse."""
+
 import json
 import os
 from pathlib import Path

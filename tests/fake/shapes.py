@@ -1,4 +1,5 @@
 """The shapes of vLLM's answers: completions whole and as events, errors as OpenAI's."""
+
 import json
 import os
 import time

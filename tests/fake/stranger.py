@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """`stranger.py PORT`: somebody else's server on a port of ours. 200 to /health, JSON to all else; prints its port."""
+
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 

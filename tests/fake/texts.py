@@ -4,6 +4,7 @@ A record goes to stdout with a prefix on each of its lines, joined by CR LF. Tra
 bars and uvicorn go to stderr bare. The cause of a failed start is the first ERROR of the innermost process; two further
 tracebacks, of the engine core and of the API server, say only that something failed above.
 """
+
 import os
 import sys
 import time

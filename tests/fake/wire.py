@@ -1,4 +1,5 @@
 """How the processes of the fake talk: JSON values, one a line, over a socket pair between each two neighbours."""
+
 import json
 import os
 import signal

@@ -1,4 +1,5 @@
 """A worker: holds the memory, lives the phases from the join to the graphs, then answers each step of its engine."""
+
 import os
 import select
 import signal
