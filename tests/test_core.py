@@ -10,6 +10,7 @@ from vllmd.events import (
     CanaryBack,
     DevicesRead,
     Finish,
+    Forget,
     Gone,
     KillTree,
     Phase,
@@ -89,6 +90,17 @@ def test_what_does_not_fit_is_refused_at_once_with_the_sum() -> None:
         assert part in answer.message
     assert sim.state("c") is State.STOPPED
     assert "vllmctl stop a" in answer.remedies
+
+
+def test_the_limit_caps_what_models_take_together() -> None:
+    """There is more memory in the device, but it was not given to vllmd."""
+    sim = Sim(settings(spec("a"), spec("b"), limit=5))
+    start(sim, "a")
+    sim.up("a")
+    ticket = start(sim, "b")
+    sim.inspect("b")
+    assert sim.answers[ticket].status == 409
+    assert "2.0 of 5.0 GiB left" in sim.answers[ticket].message
 
 
 def test_what_can_never_fit_fails_and_is_not_retried() -> None:
@@ -294,6 +306,38 @@ def test_failures_are_forgotten_after_long_health() -> None:
     sim.breaks("a")
     sim.gone("a", HEALS)
     assert sim.state("a") is State.BACKOFF
+
+
+def test_failures_outside_the_window_do_not_count() -> None:
+    """Two crashes further apart than `window` are two first ones."""
+    sim = Sim(settings(spec("a", restart=RestartRule(max_failures=2, window=100, reset_after=1e6))))
+    start(sim, "a")
+    sim.up("a")
+    sim.breaks("a")
+    sim.gone("a", HEALS)
+    sim.pass_time(2)
+    sim.up("a")
+    sim.now += 101
+    sim.breaks("a")
+    sim.gone("a", HEALS)
+    assert sim.state("a") is State.BACKOFF and len(sim.inst("a").failures) == 1
+
+
+def test_the_pause_has_a_longest() -> None:
+    """It doubles up to backoff_max, jitter aside."""
+    sim = Sim(settings(spec("a", restart=RestartRule(backoff=1, backoff_max=4, max_failures=9))))
+    start(sim, "a")
+    pauses = []
+    for _ in range(6):
+        sim.up("a")
+        sim.breaks("a")
+        sim.gone("a", HEALS)
+        due = sim.inst("a").deadline
+        assert due is not None
+        pauses.append(due - sim.now)
+        sim.pass_time(5)
+    for pause, base in zip(pauses, (1, 2, 4, 4, 4, 4), strict=True):
+        assert base <= pause <= base * 1.1
 
 
 def test_what_cannot_heal_is_not_retried() -> None:
@@ -504,6 +548,7 @@ def test_reload_restarts_only_what_it_must() -> None:
         sim.breaks(name, status=0)
         sim.gone(name)
     assert "c" not in sim.core.world.instances
+    assert [each.instance for each in sim.commands if isinstance(each, Forget)] == ["c"]
     assert sim.state("b") is State.WAITING
     sim.up("b")
     assert sim.inst("b").spec.vram == 3 * GIB and sim.inst("a").attempt == 1

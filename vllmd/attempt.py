@@ -119,9 +119,18 @@ class Attempt:
         self.follower = logfile.Follower(log.path)
 
     def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        task = self.shared.tasks.start(work, f"{name} of {self.instance}#{self.number}")
+        task = self.shared.tasks.start(self._contained(work, name), f"{name} of {self.instance}#{self.number}")
         self._works.add(task)
         task.add_done_callback(self._works.discard)
+
+    async def _contained(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """A defect in handling one engine ends that engine, by the policy for crashes, and no other."""
+        try:
+            await work
+        except Exception as error:
+            self._what = f"internal error of vllmd ({name}): {error!r}"
+            self.shared.complain(f"{self.instance}: {self._what}")
+            self.post(Broken(self.instance, self.number, self._what))
 
     # -- what happens by itself
 

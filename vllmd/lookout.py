@@ -80,13 +80,18 @@ class Lookout:
         env = {**os.environ, **({"HF_HOME": str(hf)} if hf else {})}
 
         def look() -> Inspection | Cause:
-            return inspect(
-                spec,
-                cache_dir=daemon.cache_dir,
-                log_dir=daemon.log_dir,
-                state_dir=daemon.state_dir,
-                taken_ports=taken,
-                env=env,
-            )
+            try:
+                return inspect(
+                    spec,
+                    cache_dir=daemon.cache_dir,
+                    log_dir=daemon.log_dir,
+                    state_dir=daemon.state_dir,
+                    taken_ports=taken,
+                    env=env,
+                )
+            except Exception as error:
+                # A file that nobody thought of is one model's trouble, not the end of all others.
+                text = f"cannot check the files of {spec.name}: {error!r} (a defect of vllmd: please report it)"
+                return Cause("inspect-failed", text, "files not readable", heals=False)
 
         return await in_thread(look, INSPECT_LIMIT, None)

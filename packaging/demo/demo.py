@@ -34,8 +34,12 @@ NO_ROOM = 5  # vllmctl's exit code
 _PR_SET_PDEATHSIG = 1
 QUESTION = "What is the memory of a GPU for?"
 
-# One model takes about 1.4 GiB on a CPU: the processes of vLLM, mostly. Of a GPU it may take 2 GiB.
-BUDGETS = {"cpu": ('[devices.cpu]\nlimit = "3.5GiB"', ""), "gpu": ('[devices.0]\nlimit = "5GiB"', 'vram = "2GiB"\n')}
+# One model takes about 1.4 GiB on a CPU: the processes of vLLM, mostly. Of a GPU it may take 2 GiB. vLLM would bind each
+# model's worker to the same cores, where one that is busy starves the others.
+KINDS = {
+    "cpu": ('[devices.cpu]\nlimit = "3.5GiB"', 'gpus = ["cpu"]\nenv = { VLLM_CPU_OMP_THREADS_BIND = "nobind" }'),
+    "gpu": ('[devices.0]\nlimit = "5GiB"', 'gpus = [0]\nvram = "2GiB"'),
+}
 CONFIG = """\
 # Written by `make run`, which will write it again.
 [daemon]
@@ -53,7 +57,7 @@ listen = ["127.0.0.1:0"]
 
 [defaults]
 executable = {vllm}
-{vram}gpus = {gpus}
+{device}
 kv_cache = "64MiB"
 max_model_len = 2048
 port = "auto"
@@ -123,10 +127,10 @@ def choose_runtime(home: Path) -> Path:
 def write_config(stage: Stage) -> str:
     """The configuration for what the engine was built for. JSON's strings are TOML's too."""
     kind = "gpu" if (stage.engine / ".engine-stamp").read_text().startswith("gpu") else "cpu"
-    budget, vram = BUDGETS[kind]
+    budget, device = KINDS[kind]
     text = CONFIG.format(
-        socket=json.dumps(str(stage.socket)), runtime=json.dumps(str(stage.runtime)), budget=budget, vram=vram,
-        vllm=json.dumps(str(stage.engine / "bin/vllm")), gpus="[0]" if kind == "gpu" else '["cpu"]',
+        socket=json.dumps(str(stage.socket)), runtime=json.dumps(str(stage.runtime)), budget=budget,
+        vllm=json.dumps(str(stage.engine / "bin/vllm")), device=device,
     )  # fmt: skip
     return text + "".join(MODEL.format(name=n, folder=json.dumps(str(stage.engine / "models" / n))) for n in MODELS)
 
@@ -154,8 +158,10 @@ def running(stage: Stage) -> Iterator["subprocess.Popen[bytes]"]:
     try:
         await_socket(stage, daemon, began)
         yield daemon
-        if (code := daemon.poll()) is not None:
-            raise Failed(f"vllmd ended by itself (exit code {code}):\n{tail(stage.log, began)}")
+        check_alive(stage, daemon, began)
+    except Failed:
+        check_alive(stage, daemon, began)
+        raise
     finally:
         end(daemon)
 
@@ -172,6 +178,13 @@ def await_socket(stage: Stage, daemon: "subprocess.Popen[bytes]", began: int) ->
         if time.monotonic() > limit:
             raise Failed(f"cannot reach vllmd on {stage.socket} after {UP_WITHIN:.0f} s (see {stage.log})")
         time.sleep(0.05)
+
+
+def check_alive(stage: Stage, daemon: "subprocess.Popen[bytes]", began: int) -> None:
+    """Raises Failed with vllmd's last words when it has ended, which is then what all else follows from."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        code = daemon.wait(0.5)
+        raise Failed(f"vllmd ended by itself (exit code {code}):\n{tail(stage.log, began)}") from None
 
 
 def end(daemon: "subprocess.Popen[bytes]") -> None:

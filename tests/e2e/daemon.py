@@ -161,6 +161,8 @@ class Daemon:
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT, check=False,
             env={**os.environ, "COLUMNS": "200"},
         )  # fmt: skip
+        if words[0] == "start":
+            self.tree()  # what it has in shared memory must be gone at the end
         return Ran(done.returncode, done.stdout, done.stderr, time.monotonic() - began)
 
     def wait(self, model: str, until: Callable[[dict[str, Any]], object], limit: float = LIMIT) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ SITES = (
 )
 #: Where `vllm serve` adds the flags of its HTTP server: since 0.32, and before.
 FRONT = ("entrypoints/launchers/cli_args.py", "entrypoints/openai/cli_args.py")
+_parsing = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +152,7 @@ def stamp(path: Path) -> Stamp:
 @functools.lru_cache(maxsize=16)
 def read_flags(engine: Stamp, front: Stamp) -> frozenset[str] | None:
     """The flags of one installation; parsing takes 30-60 ms, so the answer is kept while the files are the same."""
-    classes = named(ast.parse(engine[0].read_bytes()))
-    server = named(ast.parse(front[0].read_bytes()))
+    classes, server = named(parse(engine[0])), named(parse(front[0]))
     if "EngineArgs" not in classes or "FrontendArgs" not in server:
         return None
     found: set[str] = set()
@@ -163,6 +164,14 @@ def read_flags(engine: Stamp, front: Stamp) -> frozenset[str] | None:
         found |= annotated(server[name]) if name in server else set()
     found |= added(server["make_arg_parser"]) if "make_arg_parser" in server else set()
     return frozenset(found)
+
+
+def parse(file: Path) -> ast.Module:
+    """The source as a tree. One at a time: two threads that parse at once count each other's depth, and CPython up to 3.11
+    and some 3.12 answer with SystemError. Raises OSError, SyntaxError, ValueError."""
+    source = file.read_bytes()
+    with _parsing:
+        return ast.parse(source)
 
 
 def named(tree: ast.Module) -> dict[str, ast.AST]:
@@ -234,7 +243,7 @@ def knows_config(package: Path, model_type: str) -> bool | None:
 def words(file: Stamp) -> frozenset[str]:
     """Every string and keyword of a source file: tables are written as one or the other. Too much errs to "known"."""
     try:
-        tree = ast.parse(file[0].read_bytes())
+        tree = parse(file[0])
     except (OSError, SyntaxError, ValueError):
         return frozenset()
     found = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}

@@ -1,0 +1,159 @@
+"""Faults put into the core on purpose, one line each: every one must make the core's own tests fail.
+
+A fault that nobody notices is a rule that nobody tests. Each is applied to a copy of the package.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).parents[1]
+TESTS = ("test_core.py", "test_core_property.py")
+LIMIT = 100.0  # seconds; a core that loops for ever is found too
+
+
+class Fault(NamedTuple):
+    """In `file` of vllmd/core, `old` becomes `new`."""
+
+    file: str
+    old: str
+    new: str
+
+
+FAULTS = {
+    "an answer is dropped": Fault(
+        "starts.py", "world.answer(inst, 202, f\"{inst.id}: starting\")",
+        "inst.tickets.clear()",
+    ),
+    "a caller is answered twice": Fault(
+        "world.py", "tickets, inst.tickets = inst.tickets, []",
+        "tickets = inst.tickets",
+    ),
+    "the stall has no deadline": Fault(
+        "starts.py", "inst.deadline = now + inst.spec.start_stall\n    world.emit",
+        "world.emit",
+    ),
+    "a sign of life does not count": Fault(
+        "starts.py", "inst.heard = now\n        inst.deadline = now + inst.spec.start_stall",
+        "inst.heard = now",
+    ),
+    "the kill is skipped": Fault("stops.py", "world.emit(KillTree(inst.id, inst.attempt, crashed))", "pass"),
+    "a lost kill is not repeated": Fault(
+        "core.py", "world.emit(KillTree(inst.id, inst.attempt, inst.crashed))",
+        "pass",
+    ),
+    "late reports are heard": Fault(
+        "core.py", "if inst is not None and inst.attempt == event.attempt:",
+        "if inst is not None:",
+    ),
+    "memory is released at the kill": Fault(
+        "stops.py", "inst.measuring = False\n    inst.gone = False",
+        "inst.measuring = False\n    inst.gone = False\n    world.ledger.release(inst.id)",
+    ),
+    "nobody waits for the memory": Fault("stops.py", "if settled(world, inst):", "if True:"),
+    "memory that is gone is waited for without end": Fault(
+        "stops.py", "inst.deadline = now + SETTLE_LIMIT",
+        "inst.deadline = None",
+    ),
+    "others' memory does not count": Fault(
+        "ledger.py", "self.reading.total - self.reserve - self.external - taken",
+        "self.reading.total - self.reserve - taken",
+    ),
+    "the limit does not count": Fault("ledger.py", "budget = min(budget, rule.limit)", "pass"),
+    "promises are not kept": Fault("ledger.py", "self.held[instance] = dict(parts)", "pass"),
+    "the measuring window never opens": Fault("starts.py", "inst.measuring = False\n        world.note", "world.note"),
+    "the measuring window excludes nobody": Fault(
+        "placing.py", "if other.measuring or (measures and moving):",
+        "if False:",
+    ),
+    "a drain disturbs who measures": Fault("stops.py", "if inst.drain_held and not world.closing:", "if False:"),
+    "the backoff does not grow": Fault("policy.py", "rule.backoff * 2.0 ** min(failures - 1, 32)", "rule.backoff"),
+    "the backoff has no end": Fault("policy.py", ", rule.backoff_max)", ", 1e9)"),
+    "what cannot heal is retried": Fault("stops.py", "if not cause.heals:", "if False:"),
+    "it never gives up": Fault("stops.py", "if len(inst.failures) >= rule.max_failures:", "if False:"),
+    "old failures count for ever": Fault("policy.py", "if now - at < rule.window]", "]"),
+    "health forgives nothing": Fault("health.py", "inst.failures.clear()", "pass"),
+    "exit 0 is no crash": Fault(
+        "stops.py", "end(world, inst, now, event.what, crashed=True)",
+        "end(world, inst, now, event.what, crashed=event.status != 0)",
+    ),
+    "the drain has no limit": Fault(
+        "stops.py", "inst.deadline = now + inst.spec.drain + inst.spec.stop_timeout",
+        "inst.deadline = now + 1e9",
+    ),
+    "no test request is sent": Fault("health.py", "world.emit(Canary(inst.id, inst.attempt))", "pass"),
+    "a frozen engine is never called hung": Fault(
+        "policy.py", "return proved + hang_after\n",
+        "return proved + hang_after + 1e9\n",
+    ),
+    "tokens prove nothing": Fault("health.py", "elif event.moved:", "elif False:"),
+    "a stop does not end the wish": Fault("stops.py", "inst.wanted = False\n    match", "match"),
+    "a second start is another attempt": Fault(
+        "core.py", "case State.STARTING | State.READY:\n                    self._tell",
+        "case State.READY:\n                    self._tell",
+    ),
+    "a shutdown is never over": Fault("core.py", "world.emit(Finish())", "pass"),
+    "a removed model stays": Fault("core.py", "world.emit(Forget(inst.id))", "pass"),
+    "a reload restarts all": Fault(
+        "core.py", "elif inst.spec.name in event.restart and inst.state is State.READY:",
+        "elif inst.state is State.READY:",
+    ),
+}  # fmt: skip
+
+
+def copy(folder: Path) -> None:
+    """The package and the core's tests."""
+    shutil.copytree(ROOT / "vllmd", folder / "vllmd", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "tests").mkdir()
+    for name in ("__init__.py", "sim.py", *TESTS):
+        shutil.copy(ROOT / "tests" / name, folder / "tests")
+    (folder / "pytest.ini").write_text("[pytest]\n")
+
+
+def run(folder: Path) -> tuple[bool, str]:
+    """Whether the core's tests pass there, and what they said; the scripts first, they are faster."""
+    env = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    said = ""
+    for name in TESTS:
+        words = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+        words += ["--hypothesis-seed=0", f"tests/{name}"]
+        try:
+            done = subprocess.run(
+                words, cwd=folder, env=env, capture_output=True, text=True, timeout=LIMIT, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return False, said + "no end"
+        said += done.stdout[-2000:] + done.stderr
+        assert done.returncode in (0, 1), said  # 1: tests failed; anything else: they did not run
+        if done.returncode:
+            return False, said
+    return True, said
+
+
+def test_the_copy_is_what_is_tested_and_passes(tmp_path: Path) -> None:
+    """Without a fault all is well, and it is the copy that runs."""
+    copy(tmp_path)
+    passed, said = run(tmp_path)
+    assert passed, said
+    (tmp_path / "vllmd/core/core.py").write_text("raise AssertionError\n")
+    with pytest.raises(AssertionError):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_fault_in_the_core_is_noticed(tmp_path: Path, what: str) -> None:
+    """The core's tests fail."""
+    fault = FAULTS[what]
+    copy(tmp_path)
+    path = tmp_path / "vllmd/core" / fault.file
+    text = path.read_text()
+    assert text.count(fault.old) == 1, f"the core has changed: {fault.old!r} stands {text.count(fault.old)} times in it"
+    path.write_text(text.replace(fault.old, fault.new))
+    passed, said = run(tmp_path)
+    assert not passed, f"nobody notices that {what}\n{said}"
