@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon import Vllmd, fake_vllm, vllmd, weights
+from tests.daemon import Until, Vllmd, fake_vllm, vllmd, weights
 from tests.e2e.chat import answers
 
 __all__ = ["fake_vllm", "vllmd", "weights"]  # fixtures
@@ -29,7 +29,7 @@ def mount_small(daemon: Vllmd, size: str, before: str = "") -> None:
         pytest.skip(f"no mount namespace: {probe.stderr.decode().strip()}")
     daemon.state_dir.mkdir()
     daemon.log_dir.mkdir()
-    words = [size, daemon.state_dir, daemon.log_dir]
+    words: list[str | Path] = [size, daemon.state_dir, daemon.log_dir]
     daemon.command = [*UNSHARE, "sh", "-c", f'{MOUNT} {before} shift 3; exec "$@"', "sh", *words, *daemon.command]
 
 
@@ -107,6 +107,11 @@ def test_a_disk_that_hangs_does_not_hold_up_the_end(vllmd: Vllmd) -> None:
     assert time.monotonic() - began < 15
 
 
+def told(name: str) -> Until:
+    """Its file is damaged and was set aside."""
+    return lambda line: f"{name}.json" in line["event"] and "set aside" in line["event"]
+
+
 @pytest.mark.parametrize("rubbish", [b"", b"{", b"\xff\xfe\x00", b"[1, 2]", NO_ROW, b"[" * 100_000])
 def test_damaged_state_is_set_aside_and_named(vllmd: Vllmd, rubbish: bytes) -> None:
     """needs.json and good.json of any kind: the daemon starts without them, and writes them anew."""
@@ -117,7 +122,7 @@ def test_damaged_state_is_set_aside_and_named(vllmd: Vllmd, rubbish: bytes) -> N
     vllmd.up("a")
     if rubbish != NO_ROW:
         for name in ("needs", "good"):
-            vllmd.hear(lambda line, name=name: f"{name}.json" in line["event"] and "set aside" in line["event"])
+            vllmd.hear(told(name))
             assert (vllmd.state_dir / f"{name}.damaged").read_bytes() == rubbish
     needs = vllmd.state_dir / "needs.json"
     vllmd.wait("a", lambda _: needs.exists() and needs.read_bytes() not in (rubbish, b"{}"))  # measured, and kept

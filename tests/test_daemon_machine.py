@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.daemon import Vllmd, fake_vllm, vllmd, weights
+from tests.daemon import Until, Vllmd, fake_vllm, vllmd, weights
 from tests.e2e.chat import answers
 from tests.fake.environment import ROOT
 
@@ -146,9 +146,14 @@ def test_a_clock_that_jumps_moves_no_decision(vllmd: Vllmd) -> None:
         assert (before["state"], before["attempt"]) == ("ready", attempt - 1)
         assert 0 <= before["uptime_s"] < 3600 and 0 <= before["since_s"] < 3600
         os.kill(before["pid"], signal.SIGKILL)
-        after = vllmd.wait("a", lambda m, n=attempt: m["state"] == "ready" and m["attempt"] == n)
+        after = vllmd.wait("a", came_up(attempt))
         assert after["failures"] == attempt - 1
     assert a["pid"] != after["pid"]
+
+
+def came_up(attempt: int) -> Until:
+    """Ready in this attempt."""
+    return lambda m: m["state"] == "ready" and m["attempt"] == attempt
 
 
 def test_no_decision_reads_the_wall_clock() -> None:

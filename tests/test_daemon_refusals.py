@@ -52,7 +52,7 @@ def test_a_failed_start_says_why_and_is_retried_only_if_that_can_help(vllmd: Vll
     assert vllmd.client.fetch("GET", "/api/v1/models/a/logs?failed=1")[0].status == 200
 
 
-IMPOSSIBLE = {
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "model": ({"model": "/nowhere/at/all"}, "/nowhere/at/all"),
     "flag": ({"args": {"enforce-eeger": True}}, "enforce-eeger"),
     "executable": ({"executable": "/nowhere/vllm"}, "/nowhere/vllm"),

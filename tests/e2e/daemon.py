@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -144,12 +145,12 @@ class Daemon:
         lines = self.client.fetch("GET", "/api/v1/events?follow=0")[1].splitlines()
         return int(json.loads(lines[-1])["id"]) if lines else 0
 
-    def states(self, model: str, after: int) -> list[dict[str, Any]]:
-        """The model at each change of its state since `after`."""
+    def states(self, model: str, after: int, was: str) -> list[str]:
+        """The states that the model came to since `after`, when it was `was`."""
         lines = self.client.fetch("GET", f"/api/v1/events?follow=0&after={after}")[1].splitlines()
         seen = [event["data"] for event in map(json.loads, lines) if event["event"] == "model"]
-        mine = [each for each in seen if each["name"] == model]
-        return [each for at, each in enumerate(mine) if not at or each["state"] != mine[at - 1]["state"]]
+        mine = [each["state"] for each in seen if each["name"] == model]
+        return [state for before, state in pairwise([was, *mine]) if state != before]
 
     # -- act
 

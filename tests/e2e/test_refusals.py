@@ -136,8 +136,7 @@ def test_failure_that_only_vllm_can_find_is_not_retried(daemon: Daemon, name: st
     text = check(daemon, name, BY_VLLM[name])
     assert text in done.err
     assert BY_VLLM[name].remedy in done.err
-    path = [each["state"] for each in daemon.states(name, events)]
-    assert path == ["waiting", "starting", "stopping", "failed"]
+    assert daemon.states(name, events, "stopped") == ["waiting", "starting", "stopping", "failed"]
     assert daemon.tree(name) == []
     assert daemon.ctl("logs", "--failed", name).out.strip()
     report(f"failed {name}", done.seconds)

@@ -35,11 +35,16 @@ class Account:
     @property
     def left(self) -> int:
         """Bytes that one more instance could be promised; negative when others took what was promised."""
+        return min(self.budget - self.reserved, self.untaken)
+
+    @property
+    def untaken(self) -> int:
+        """Bytes that are physically there and neither promised nor used by anybody."""
         used = self.reading.instances
         taken = sum(max(size, used.get(who, 0)) for who, size in self.promised.items())
         # Trees whose promise is gone while a process lingers are neither external nor promised.
         taken += sum(size for who, size in used.items() if who not in self.promised)
-        return min(self.budget - self.reserved, self.reading.total - self.reserve - self.external - taken)
+        return self.reading.total - self.reserve - self.external - taken
 
     @property
     def label(self) -> str:
@@ -101,10 +106,13 @@ def device_label(reading: DeviceReading) -> str:
 
 
 def takers(account: Account, count: int = 4) -> str:
-    """Who has the memory of a device, largest first: "dots-ocr 9.8 GiB, Xorg 0.5 GiB"."""
+    """Who has the memory of a device, largest first: "dots-ocr 9.8 GiB, Xorg 0.5 GiB". Under a limit that is tighter than
+    what is there, other programs take nothing from it and are not named."""
     used = account.reading.instances
-    ours = [(max(size, used.get(who, 0)), who) for who, size in account.promised.items()]
-    rows = sorted(ours + [(p.used, p.name) for p in account.reading.processes if p.used >= 64 * MIB], reverse=True)
+    rows = [(max(size, used.get(who, 0)), who) for who, size in account.promised.items()]
+    if account.untaken <= account.budget - account.reserved:
+        rows += [(p.used, p.name) for p in account.reading.processes if p.used >= 64 * MIB]
+    rows.sort(reverse=True)
     named = [f"{who} {gib(size)}" for size, who in rows[:count]]
     rest = sum(size for size, _ in rows[count:])
     return ", ".join([*named, f"{len(rows) - count} more {gib(rest)}"] if rest else named) or "nothing else is running"
