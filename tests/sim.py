@@ -77,6 +77,7 @@ class Sim:
         self.problems: dict[str, Cause] = {}  # model -> what preflight says
         self.answers: dict[int, Answer] = {}
         self.tickets = 0
+        self.blind = False  # the driver does not answer
         self.handled = 0
         self.send(self.reading())
         self.send(Boot())
@@ -157,7 +158,9 @@ class Sim:
         return DevicesRead(tuple(devices))
 
     def inspect(self, name: str) -> None:
-        """Preflight comes back."""
+        """Preflight comes back; the devices were read a moment ago, as they are every few seconds."""
+        if not self.blind:
+            self.send(self.reading())
         inst = self.inst(name)
         problem = self.problems.get(name)
         found = Inspection(

@@ -614,3 +614,43 @@ def test_tensor_parallel_reserves_on_all_its_devices_at_once() -> None:
     spawn = sim.last(Spawn)
     assert spawn.launch.env["CUDA_VISIBLE_DEVICES"] == "g0,g1"  # type: ignore[attr-defined]
     assert "--tensor-parallel-size" in spawn.launch.argv  # type: ignore[attr-defined]
+
+
+def test_nothing_is_started_on_a_device_that_fell_silent() -> None:
+    """What others hold there is not known any more: refused with the reason, until it answers again."""
+    sim = Sim(settings(spec("a")))
+    sim.blind = True
+    sim.pass_time(31)
+    ticket = start(sim, "a")
+    sim.inspect("a")
+    assert sim.answers[ticket].status == 422 and "no device answers" in sim.answers[ticket].message
+    sim.blind = False
+    start(sim, "a")
+    sim.up("a")
+    assert sim.state("a") is State.READY
+
+
+def test_an_automatic_start_refused_for_what_may_pass_is_tried_again() -> None:
+    """A port that is taken may be free at the next try; five times in the window are the end. An operator is told at once."""
+    busy = Cause("port-taken", "port 8000 is taken by nginx (pid 7)", "port taken")
+    sim = Sim(settings(spec("a", autostart=True), spec("b")))
+    sim.problems = {"a": busy, "b": busy}
+    ticket = start(sim, "b")
+    sim.inspect("b")
+    assert sim.answers[ticket].status == 422 and sim.state("b") is State.FAILED
+    for _ in range(4):
+        sim.inspect("a")
+        assert sim.state("a") is State.BACKOFF
+        sim.pass_time(10)
+    sim.inspect("a")
+    assert sim.state("a") is State.FAILED
+    assert "failed 5 times" in sim.inst("a").cause.text  # type: ignore[union-attr]
+
+
+def test_a_pinned_kv_cache_is_learned_as_it_was_pinned() -> None:
+    """vLLM prints sizes rounded to 0.01 GiB; what was passed to it is exact."""
+    sim = Sim(settings(spec("a", kv_cache=GIB // 2)))
+    start(sim, "a")
+    sim.up("a")  # prints 1 GiB
+    sim.send(sim.reading())
+    assert sim.last(Remember).learned.kv == GIB // 2  # type: ignore[attr-defined]

@@ -39,7 +39,9 @@ async def test_a_child_ignores_and_blocks_no_signal(start: Start) -> None:
     finally:
         signal.signal(signal.SIGINT, before)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
-    blocked, ignored = (int(word, 16) for word in (await engine.line()).split())
+    # The C library keeps signals 32 and 33 for itself: who started us may have left these as they are.
+    ours = sum(1 << number - 1 for number in signal.valid_signals())
+    blocked, ignored = (int(word, 16) & ours for word in (await engine.line()).split())
     python_ignores = 1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1
     assert (blocked, ignored & ~python_ignores) == (0, 0)
 

@@ -4,6 +4,7 @@ Everything it learns becomes an event with its attempt's number; it decides noth
 """
 
 import asyncio
+import errno
 import os
 from collections.abc import Coroutine
 from pathlib import Path
@@ -46,6 +47,7 @@ PULSE_EVERY = 5.0  # seconds between looks at a ready engine's counters, at most
 PROBE_TIMEOUT = 5.0
 DELIVER = 10.0  # seconds for the API server to hand on the last words of an engine that has finished
 READ_LIMIT = 5.0  # seconds that the log may take to be read for the cause
+NOT_RUNNABLE = (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.EPERM, errno.ENOTDIR, errno.ELOOP)
 DIAGNOSED = 5000  # lines of the log's end that are searched for the cause
 
 
@@ -90,7 +92,8 @@ class Attempt:
             self._spawn()
         except OSError as error:
             self._what = f"cannot run {self.launch.argv[0]}: {error.strerror or error}"
-            self._status = 127
+            # 127: it cannot be run. Anything else may be over at the next try: no processes, no disk, no descriptors left.
+            self._status = 127 if error.errno in NOT_RUNNABLE else 126
             self.post(Broken(self.instance, self.number, self._what, self._status))
             return
         assert self.child is not None

@@ -56,9 +56,10 @@ class Core:
         Raises IllegalMove on a bug; the caller logs `world.story` and exits.
         """
         world = self.world
+        world.now = now
         match event:
             case None:
-                pass
+                self._deadlines(now)
             case (
                 Inspected()
                 | Spawned()
@@ -88,7 +89,6 @@ class Core:
                 self._reload(event, now)
             case Shutdown():
                 self._shutdown(now)
-        self._deadlines(now)
         self._drop_removed()
         if world.closing and not world.finished and not any(i.state in ALIVE for i in world.instances.values()):
             world.finished = True
@@ -130,7 +130,8 @@ class Core:
                 stops.gone(world, inst, event, now)
 
     def _deadlines(self, now: float) -> None:
-        """Whoever's time has come. What it means follows from the state."""
+        """Whoever's time has come; what it means follows from the state. Only when the timer fires, so that every state that
+        an event leads to can be seen, were it for a moment."""
         world = self.world
         for inst in list(world.instances.values()):
             if inst.deadline is None or inst.deadline > now:

@@ -4,8 +4,9 @@ vLLM's /health says 200 with a frozen engine, so a proof is something that the e
 or a 1-token request came back.
 """
 
+from vllmd.core.failing import profile
 from vllmd.core.policy import canary_due, hung_at
-from vllmd.core.starts import close_phase, profile, pump, ready_text
+from vllmd.core.starts import close_phase, pump, ready_text
 from vllmd.core.states import Move, State
 from vllmd.core.stops import drain, end, finish, release_drains, settled, still_settling
 from vllmd.core.world import Instance, World
@@ -175,7 +176,9 @@ def learn(world: World, inst: Instance, now: float) -> None:
     """What the instance really takes becomes its need at the next start: the peak without the KV cache, and the KV."""
     if inst.need is None or not inst.peak or inst.ready_at is None or inst.disturbed:
         return
-    kv = inst.figures.kv_bytes if inst.figures.kv_bytes is not None else inst.need.kv
+    # What vLLM prints is rounded to 0.01 GiB; what was pinned is exact.
+    printed = None if inst.need.pinned else inst.figures.kv_bytes
+    kv = printed if printed is not None else inst.need.kv
     if kv is None:
         return
     base = max(inst.peak.values()) - kv

@@ -15,6 +15,9 @@ from vllmd.events import DeviceReading
 from vllmd.spec import Cause, ModelSpec, Remedy, Settings
 from vllmd.units import gib, gib_of
 
+#: Seconds without a reading after which nothing new is started on a device: what it holds is not known any more.
+SILENT = 30.0
+
 
 @dataclass(frozen=True, slots=True)
 class Placed:
@@ -73,7 +76,7 @@ def rank(world: World, outcome: Placed | Blocked | Cause) -> tuple[int, int]:
 def candidates(world: World, spec: ModelSpec) -> Sequence[tuple[DeviceReading, ...]] | Cause:
     """The device sets a model may use, or why there is none."""
     readings = world.ledger.readings
-    fresh = [r for r in readings.values() if r.id in world.seen]
+    fresh = [r for r in readings.values() if world.now - world.seen.get(r.id, -SILENT) < SILENT]
     if not fresh:
         return Cause(
             "no-device",
@@ -152,7 +155,7 @@ def never_fit(world: World, settings: Settings) -> list[str]:
     Devices that are missing now are not judged: they fail their model when it starts.
     """
     ledger = Ledger(settings.devices, world.ledger.readings)
-    seen = World(settings, world.places, ledger, seen=world.seen)
+    seen = World(settings, world.places, ledger, seen=world.seen, now=world.now)
     refused = []
     for spec in settings.models.values():
         choices = candidates(seen, spec)

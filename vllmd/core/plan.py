@@ -40,7 +40,12 @@ def bare(world: World) -> World:
         for name, r in world.ledger.readings.items()
     }
     copy = World(
-        world.settings, world.places, Ledger(world.ledger.rules, readings), learned=world.learned, seen=world.seen
+        world.settings,
+        world.places,
+        Ledger(world.ledger.rules, readings),
+        learned=world.learned,
+        seen=world.seen,
+        now=world.now,
     )
     copy.instances = {spec.name: Instance(spec.name, spec) for spec in world.settings.models.values()}
     return copy
@@ -59,7 +64,7 @@ def fits_now(world: World, name: str, found: Inspection | Cause) -> bool:
     """Whether it could start beside what really runs; an instance that holds memory fits by definition."""
     if name in world.ledger.held:
         return True
-    copy = World(world.settings, world.places, world.ledger, learned=world.learned, seen=world.seen)
+    copy = World(world.settings, world.places, world.ledger, learned=world.learned, seen=world.seen, now=world.now)
     copy.instances = {**world.instances, name: Instance(name, world.settings.models[name])}
     return isinstance(place(copy, name, found), Placed)
 

@@ -4,12 +4,12 @@ An instance is placed only when three things hold at once: its need fits what is
 answers, and nobody is in the middle of measuring (or moving, if it will measure itself) on them.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 
+from vllmd.core.failing import retry_or_give_up, set_cause
 from vllmd.core.launch import launch
-from vllmd.core.ledger import device_label, memory_sum
+from vllmd.core.ledger import device_label
 from vllmd.core.need import learned_key
 from vllmd.core.placing import Blocked, Placed, find_place, freeing, neighbours_moving, will_measure
 from vllmd.core.states import Move, State
@@ -36,6 +36,7 @@ def want(
         inst.spec = spec
     inst.wanted, inst.patient = True, patient
     inst.attempt += 1
+    inst.crashed = False
     inst.inspecting, inst.found, inst.waits_for = True, None, ()
     inst.waiting_text = "checking files, flags, port and memory"
     world.move(inst, move, now)
@@ -49,56 +50,29 @@ def inspected(world: World, inst: Instance, event: Inspected, now: float) -> Non
         return
     inst.inspecting, inst.found = False, event.found
     if event.problem is not None:
-        give_up(world, inst, event.problem, now)
+        refuse(world, inst, event.problem, now)
         return
     inst.deadline = inst.since + inst.spec.queue_timeout
     place(world, inst, now)
 
 
+def refuse(world: World, inst: Instance, cause: Cause, now: float) -> None:
+    """Preflight said no. A port that is taken or a disk that is full may be free again: an automatic start tries again, an
+    operator is told."""
+    if not (cause.heals and inst.patient):
+        give_up(world, inst, cause, now)
+        return
+    world.answer(inst, 422, cause.text, cause)
+    set_cause(world, inst, cause, now)
+    inst.broke_at = now
+    retry_or_give_up(world, inst, cause, now, now)
+
+
 def give_up(world: World, inst: Instance, cause: Cause, now: float) -> None:
-    """A start that cannot be: failed, everybody told. A port that is taken may be free again: that one backs off."""
+    """A start that cannot be: failed, everybody told."""
     world.answer(inst, 422, cause.text, cause)
     set_cause(world, inst, cause, now)
     world.move(inst, Move.GIVE_UP, now, cause.text)
-
-
-def set_cause(world: World, inst: Instance, cause: Cause, now: float) -> None:
-    """Remember why an instance is not as wanted, with the memory at this moment and what changed since it last was."""
-    inst.cause, inst.cause_at = cause, now
-    devices = inst.devices or tuple(world.seen)
-    inst.cause_memory = "; ".join(memory_sum(world.ledger.account(d)) for d in devices if d in world.seen)
-    inst.changed = changes(world.good.get(inst.spec.name), profile(world, inst))
-
-
-def profile(world: World, inst: Instance) -> dict[str, str]:
-    """What a start ran with, as words that can be compared later."""
-    spec, found = inst.spec, inst.found
-    neighbours = sorted(
-        other.id
-        for other in world.instances.values()
-        if other is not inst and other.state in (State.STARTING, State.READY)
-    )
-    words = {
-        "model": spec.model,
-        "max_model_len": str(spec.max_model_len),
-        "vram": str(spec.vram),
-        "kv_cache": str(spec.kv_cache),
-        "args": json.dumps(dict(spec.args), sort_keys=True),
-        "env": ", ".join(sorted(spec.env)),  # names only: values may be secret
-        "neighbours": ", ".join(neighbours) or "none",
-    }
-    if found is not None:
-        words |= {"vLLM": found.engine.version, "files": found.model.fingerprint}
-    return words
-
-
-def changes(good: Mapping[str, str] | None, current: Mapping[str, str]) -> tuple[str, ...]:
-    """ "vLLM: 0.31.0 → 0.32.0" for all that differs; empty without a good start to compare with."""
-    if good is None:
-        return ()
-    return tuple(
-        f"{key}: {good[key]} → {value}" for key, value in current.items() if key in good and good[key] != value
-    )
 
 
 def pump(world: World, now: float) -> None:

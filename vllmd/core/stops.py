@@ -4,14 +4,12 @@
 left and the memory is back does the instance move on.
 """
 
-from dataclasses import replace
-
-from vllmd.core.policy import backoff, recent
-from vllmd.core.starts import pump, set_cause, want
+from vllmd.core.failing import retry_or_give_up, set_cause
+from vllmd.core.starts import pump, want
 from vllmd.core.states import Move, State
 from vllmd.core.world import Instance, World
 from vllmd.events import Broken, Gone, KillTree, ReadDevices, Terminate
-from vllmd.spec import Cause, Remedy
+from vllmd.spec import Cause
 from vllmd.units import MIB, gib, span
 
 KILL_AGAIN = 15.0  # seconds until a kill that reported nothing is repeated
@@ -175,7 +173,6 @@ def finish(world: World, inst: Instance, now: float) -> None:
 
 def after_crash(world: World, inst: Instance, now: float) -> None:
     """Restart policy: never what cannot heal, never more than `max_failures` in the window, else after a backoff."""
-    rule = inst.spec.restart
     cause = inst.verdict or Cause("crashed", f"{inst.id} ended and left no reason in its log", "crashed")
     set_cause(world, inst, cause, now)
     inst.last, inst.last_at = cause, inst.broke_at
@@ -185,17 +182,4 @@ def after_crash(world: World, inst: Instance, now: float) -> None:
     if not cause.heals:
         world.move(inst, Move.GIVE_UP, now, f"{cause.text} (not retried: trying again cannot help)")
         return
-    inst.failures = [*recent(inst.failures, rule, now), inst.broke_at]
-    if len(inst.failures) >= rule.max_failures:
-        loop = f"failed {len(inst.failures)} times in {span(rule.window)}, the last time: {cause.text}"
-        remedies = (*cause.remedies, Remedy(f"vllmctl logs --failed {inst.id}"))
-        set_cause(world, inst, replace(cause, text=loop, remedies=remedies[:2]), now)
-        world.move(inst, Move.GIVE_UP, now, loop)
-        return
-    pause = backoff(rule, len(inst.failures), f"{inst.id}:{inst.attempt}")
-    wait = max(0.0, inst.broke_at + pause - now)
-    world.move(
-        inst, Move.RETRY, now, f"{cause.text}; start {len(inst.failures) + 1} of {rule.max_failures} in {span(wait)}"
-    )
-    inst.deadline = inst.broke_at + pause
-    world.count("restarts", inst.spec.name, cause.kind)
+    retry_or_give_up(world, inst, cause, inst.broke_at, now)

@@ -78,7 +78,8 @@ def explain(world: World, inst: Instance, now: float) -> Why:
         case State.BACKOFF:
             pause = f"start {len(inst.failures) + 1} of {inst.spec.restart.max_failures} in {span(left(inst, now))}"
             said = f" ({cause.text})" if cause else ""
-            text = f"crashed {span(now - inst.broke_at)} ago{said}; {pause}"
+            what = "crashed" if inst.crashed else "could not start"
+            text = f"{what} {span(now - inst.broke_at)} ago{said}; {pause}"
             return Why(cause.kind if cause else "crashed", text, pause, cause.remedies if cause else ())
         case _ if cause:
             return Why(cause.kind, cause.text, cause.short, cause.remedies)

@@ -97,6 +97,7 @@ class World:
     ledger: Ledger = field(default_factory=Ledger)
     instances: dict[str, Instance] = field(default_factory=dict)
     learned: dict[str, Learned] = field(default_factory=dict)
+    now: float = 0.0  # of the event that is being handled
     seen: dict[str, float] = field(default_factory=dict)  # device -> time of its last reading
     good: dict[str, Mapping[str, str]] = field(default_factory=dict)  # model -> what its last good start ran with
     trouble: str = ""  # of the devices

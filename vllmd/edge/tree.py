@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from vllmd.edge.procfs import Member, Stat, Table, environ, open_pidfd, read_stat, read_table, reap, same_user
+from vllmd.edge.procfs import Member, Stat, Table, alive, environ, open_pidfd, read_stat, read_table, reap, same_user
 
 COOKIE = "VLLMD_COOKIE"
 ENGINE_PREFIX = "VLLM::"  # vLLM's VLLM_PROCESS_NAME_PREFIX
@@ -144,9 +144,15 @@ class TreeWatch:
             reap(fd)
         os.close(fd)
         self.known = frozenset(m for m in self.known if (m.pid, m.start) != key)
-        if not is_leader and not self._told and (last.name.startswith(ENGINE_PREFIX) or key in self._kin):
+        if not is_leader and not self._told and self._counts(last):
             self._told = True
-            self._died(last)
+            # A worker follows its engine within the millisecond: of all that are dead by now the eldest is the cause.
+            others = {m for m in self.known if m.pid != self.leader.pid and self._counts(m) and not alive(m)}
+            self._died(min({last} | others, key=lambda m: (m.start, m.pid)))
+
+    def _counts(self, member: Member) -> bool:
+        """Whether it is a part of the engine, not a passing compiler."""
+        return member.name.startswith(ENGINE_PREFIX) or (member.pid, member.start) in self._kin
 
 
 def _executable(pid: int) -> Path | None:
