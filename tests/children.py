@@ -17,7 +17,7 @@ import pytest
 
 from vllmd.edge.kill import kill_tree
 from vllmd.edge.process import Child, become_subreaper, spawn
-from vllmd.events import Launch
+from vllmd.facts import Launch
 
 LIMIT = 20.0  # seconds; far above what anything here needs
 

@@ -16,18 +16,13 @@ from vllmd.events import (
     Broken,
     Canary,
     Command,
-    DeviceReading,
     DevicesRead,
-    EngineFacts,
     Event,
-    Figures,
     Finish,
     Gone,
     Inspect,
     Inspected,
-    Inspection,
     KillTree,
-    ModelFacts,
     Note,
     Printed,
     Ready,
@@ -35,6 +30,7 @@ from vllmd.events import (
     Spawned,
     Terminate,
 )
+from vllmd.facts import DeviceReading, EngineFacts, Figures, Inspection, ModelFacts
 from vllmd.spec import Cause, DaemonSpec, DeviceRule, ModelSpec, Settings
 from vllmd.units import GIB
 

@@ -7,7 +7,7 @@ import pytest
 from vllmd.core.cause import Rules, diagnose, parse_rules
 from vllmd.edge.logtext import split
 from vllmd.edge.rules import load_rules
-from vllmd.events import Phase
+from vllmd.facts import Phase
 from vllmd.spec import Cause
 
 LOGS = Path(__file__).parent / "data" / "logs"

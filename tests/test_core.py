@@ -13,7 +13,6 @@ from vllmd.events import (
     Forget,
     Gone,
     KillTree,
-    Phase,
     Progress,
     Pulse,
     ReadDevices,
@@ -27,6 +26,7 @@ from vllmd.events import (
     Stop,
     Terminate,
 )
+from vllmd.facts import Phase
 from vllmd.spec import Cause, Overrun, RestartRule
 
 HEALS = Cause("oom", "CUDA out of memory", "out of memory")

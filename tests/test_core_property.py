@@ -15,7 +15,6 @@ from vllmd.events import (
     Broken,
     CanaryBack,
     Gone,
-    Phase,
     Progress,
     Pulse,
     Ready,
@@ -27,6 +26,7 @@ from vllmd.events import (
     Stop,
     Terminate,
 )
+from vllmd.facts import Phase
 from vllmd.spec import Cause
 
 NAMES = ("a", "b", "c", "d")

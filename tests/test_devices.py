@@ -13,7 +13,8 @@ import pytest
 
 from vllmd.edge.devices import Devices
 from vllmd.edge.ram import SCAN_EVERY, Ram, engine_node, find_groups, id_list
-from vllmd.events import DeviceReading, DevicesRead
+from vllmd.events import DevicesRead
+from vllmd.facts import DeviceReading
 from vllmd.units import GIB, MIB
 
 

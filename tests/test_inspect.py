@@ -18,7 +18,7 @@ from vllmd.edge import port as ports
 from vllmd.edge.engine import check_flags, read_installation
 from vllmd.edge.inspect import inspect
 from vllmd.edge.weights import read_model
-from vllmd.events import Inspection, ModelFacts
+from vllmd.facts import Inspection, ModelFacts
 from vllmd.spec import Cause, ModelSpec
 
 REAL = Path(__file__).parents[1] / ".engine"

@@ -9,7 +9,8 @@ from vllmd.attempt import Attempt
 from vllmd.core.cause import Rules
 from vllmd.edge.probe import Probe
 from vllmd.edge.tasks import Tasks
-from vllmd.events import Broken, Event, Launch, Spawn
+from vllmd.events import Broken, Event, Spawn
+from vllmd.facts import Launch
 from vllmd.lookout import Lookout
 from vllmd.shared import Shared
 from vllmd.spec import Cause, DaemonSpec, ModelSpec

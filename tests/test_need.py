@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from vllmd.core.case import CONTEXT, SLACK
 from vllmd.core.kv import kv_bytes_per_token, kv_for
-from vllmd.core.need import Need, estimate, learned_key
-from vllmd.events import DeviceReading, EngineFacts, Inspection, Learned, ModelFacts
+from vllmd.core.need import estimate, learned_key
+from vllmd.facts import DeviceReading, EngineFacts, Inspection, Learned, ModelFacts, Need
 from vllmd.modelconfig import default_context, max_context, run_dtype
 from vllmd.spec import Cause, ModelSpec, Share
 from vllmd.units import GIB, MIB

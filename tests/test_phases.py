@@ -9,7 +9,7 @@ import pytest
 from vllmd.core.logline import LogLine, parse
 from vllmd.core.phases import Sign, read
 from vllmd.edge.logtext import split
-from vllmd.events import Figures, Phase
+from vllmd.facts import Figures, Phase
 from vllmd.units import GIB
 
 LOGS = Path(__file__).parent / "data" / "logs"

@@ -23,21 +23,8 @@ from vllmd.edge.probe import Counters, ProbeError
 from vllmd.edge.process import Child, spawn
 from vllmd.edge.procfs import Member, Table, bytes_read, read_table
 from vllmd.edge.tree import TreeWatch, fast_members
-from vllmd.events import (
-    Alive,
-    Broken,
-    CanaryBack,
-    Event,
-    Figures,
-    Gone,
-    Phase,
-    Printed,
-    Progress,
-    Pulse,
-    Ready,
-    Spawn,
-    Spawned,
-)
+from vllmd.events import Alive, Broken, CanaryBack, Event, Gone, Printed, Progress, Pulse, Ready, Spawn, Spawned
+from vllmd.facts import Figures, Phase
 from vllmd.shared import Shared
 from vllmd.spec import ModelSpec
 

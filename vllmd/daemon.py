@@ -34,7 +34,6 @@ from vllmd.events import (
     Forget,
     Inspect,
     Inspected,
-    Inspection,
     Keep,
     KillTree,
     Note,
@@ -44,6 +43,7 @@ from vllmd.events import (
     Spawn,
     Terminate,
 )
+from vllmd.facts import Inspection
 from vllmd.ground import prepare
 from vllmd.lookout import Lookout
 from vllmd.service import Service

@@ -14,7 +14,8 @@ from vllmd.edge.inspect import inspect
 from vllmd.edge.kill import in_thread
 from vllmd.edge.process import reap_orphans
 from vllmd.edge.procfs import read_table
-from vllmd.events import DevicesRead, Inspection
+from vllmd.events import DevicesRead
+from vllmd.facts import Inspection
 from vllmd.places import hf_home
 from vllmd.spec import Cause, DaemonSpec, ModelSpec
 

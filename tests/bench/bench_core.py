@@ -14,18 +14,12 @@ from vllmd.events import (
     Canary,
     CanaryBack,
     Command,
-    DeviceReading,
     DevicesRead,
-    EngineFacts,
     Event,
-    Figures,
     Gone,
     Inspect,
     Inspected,
-    Inspection,
     KillTree,
-    ModelFacts,
-    Phase,
     Printed,
     Progress,
     Pulse,
@@ -36,6 +30,7 @@ from vllmd.events import (
     Stop,
     Terminate,
 )
+from vllmd.facts import DeviceReading, EngineFacts, Figures, Inspection, ModelFacts, Phase
 from vllmd.spec import Cause, ModelSpec, RestartRule
 from vllmd.units import GIB
 

@@ -8,7 +8,7 @@ takes 11.3 million pixels, 57,600 patches).
 from collections.abc import Mapping
 from typing import Any
 
-from vllmd.events import DeviceReading
+from vllmd.facts import DeviceReading
 from vllmd.modelconfig import Config, given, number, text_config
 from vllmd.spec import ModelSpec
 from vllmd.units import GIB, MIB

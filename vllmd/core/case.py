@@ -8,12 +8,10 @@ from dataclasses import dataclass
 
 from vllmd.core.activation import activations, batch_size, compiles
 from vllmd.core.kv import kv_bytes_per_token, kv_for, kv_shape
-from vllmd.events import DeviceReading, Inspection, Learned
+from vllmd.facts import DeviceReading, Inspection, Learned, Parts
 from vllmd.modelconfig import default_context, given, quantized
 from vllmd.spec import ModelSpec, Share
 from vllmd.units import GIB, MIB
-
-Parts = tuple[tuple[str, int], ...]
 
 #: The part that a GPU's share does not cover.
 OUTSIDE = "CUDA context and slack"

@@ -13,7 +13,7 @@ from typing import Any
 
 from vllmd.core.logline import LogLine, parse
 from vllmd.core.words import PHASES
-from vllmd.events import Phase
+from vllmd.facts import Phase
 from vllmd.spec import Cause, Remedy
 
 LONGEST = 400  # characters of an exception that are shown

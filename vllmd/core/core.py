@@ -25,7 +25,6 @@ from vllmd.events import (
     Gone,
     Inspected,
     KillTree,
-    Learned,
     Printed,
     Progress,
     Pulse,
@@ -37,6 +36,7 @@ from vllmd.events import (
     Start,
     Stop,
 )
+from vllmd.facts import Learned
 from vllmd.spec import Cause, Settings
 
 Report = Inspected | Spawned | Alive | Progress | Printed | Ready | Pulse | CanaryBack | Broken | Gone

@@ -10,18 +10,8 @@ from vllmd.core.starts import close_phase, pump, ready_text
 from vllmd.core.states import Move, State
 from vllmd.core.stops import drain, end, finish, release_drains, settled, still_settling
 from vllmd.core.world import Instance, World
-from vllmd.events import (
-    Canary,
-    CanaryBack,
-    DeviceReading,
-    DevicesRead,
-    Keep,
-    Learned,
-    Pulse,
-    ReadDevices,
-    Ready,
-    Remember,
-)
+from vllmd.events import Canary, CanaryBack, DevicesRead, Keep, Pulse, ReadDevices, Ready, Remember
+from vllmd.facts import DeviceReading, Learned
 from vllmd.spec import Cause, Overrun, Remedy
 from vllmd.units import MIB, gib, span
 

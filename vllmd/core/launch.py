@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllmd.core.need import Need
-from vllmd.events import DeviceReading, Inspection, Launch
+from vllmd.facts import DeviceReading, Inspection, Launch, Need
 from vllmd.spec import ModelSpec
 
 QUIET_PATHS = "/health,/metrics,/ping"

@@ -10,7 +10,7 @@ than it was promised counts with what it uses.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from vllmd.events import DeviceReading
+from vllmd.facts import DeviceReading
 from vllmd.spec import DeviceRule
 from vllmd.units import GIB, MIB, gib, gib_of
 

@@ -12,26 +12,11 @@ v1/worker/gpu_worker.py, v1/worker/cpu_worker.py.
 
 import hashlib
 import json
-from dataclasses import dataclass
 
-from vllmd.core.case import COMPILER, CONTEXT, GROWTH, SLACK, Case, Parts, describe, loose_parts, pinned, roomy_parts
-from vllmd.events import DeviceReading, Inspection, Learned
+from vllmd.core.case import COMPILER, CONTEXT, GROWTH, SLACK, Case, describe, loose_parts, pinned, roomy_parts
+from vllmd.facts import DeviceReading, Inspection, Learned, Need, Parts
 from vllmd.spec import Cause, ModelSpec, Remedy
 from vllmd.units import GIB, MIB, gib
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What one start takes of each of its devices. Sizes in bytes; `parts` add up to `total`."""
-
-    total: int  # to reserve
-    kv: int | None  # KV cache: exact when pinned, else what vLLM should come to
-    pinned: bool  # pass --kv-cache-memory-bytes
-    share: float | None  # --gpu-memory-utilization; None = not needed (CPU with pinned KV)
-    base: int  # all but the KV cache
-    context: int  # tokens of one request that the KV cache is meant to hold; 0 = not known
-    measured: bool  # from a good start, not from rules
-    parts: Parts
 
 
 def estimate(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllmd.core.logline import parse
-from vllmd.events import Figures, Phase
+from vllmd.facts import Figures, Phase
 from vllmd.units import GIB
 
 

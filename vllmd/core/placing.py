@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllmd.core.ledger import Account, Ledger, device_label, smallest_release, takers
-from vllmd.core.need import Need, estimate, learned_key
+from vllmd.core.need import estimate, learned_key
 from vllmd.core.states import State
 from vllmd.core.world import Instance, World
-from vllmd.events import DeviceReading
+from vllmd.facts import DeviceReading, Need
 from vllmd.spec import Cause, ModelSpec, Remedy, Settings
 from vllmd.units import gib, gib_of
 

@@ -8,7 +8,7 @@ from vllmd.core.launch import memory_flags
 from vllmd.core.ledger import Ledger, device_label
 from vllmd.core.placing import Blocked, Placed, choose
 from vllmd.core.world import Instance, World
-from vllmd.events import Inspection
+from vllmd.facts import Inspection
 from vllmd.spec import Cause
 
 PAIRS_UP_TO = 24  # models; beyond that who fits beside whom is a table nobody reads

@@ -14,7 +14,8 @@ from vllmd.core.need import learned_key
 from vllmd.core.placing import Blocked, Placed, find_place, freeing, neighbours_moving, will_measure
 from vllmd.core.states import Move, State
 from vllmd.core.world import Instance, World
-from vllmd.events import Figures, Inspect, Inspected, Printed, Progress, Spawn
+from vllmd.events import Inspect, Inspected, Printed, Progress, Spawn
+from vllmd.facts import Figures
 from vllmd.spec import Cause, ModelSpec, Remedy
 from vllmd.units import gib, span
 

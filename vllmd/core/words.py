@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from vllmd.core.ledger import device_label
 from vllmd.core.states import State
 from vllmd.core.world import Instance, World
-from vllmd.events import Phase
+from vllmd.facts import Phase
 from vllmd.spec import Remedy
 from vllmd.units import gib, span
 

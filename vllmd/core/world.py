@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from vllmd.core.launch import Places
 from vllmd.core.ledger import Ledger
-from vllmd.core.need import Need
 from vllmd.core.states import HOLDING, IllegalMove, Move, State, next_state
-from vllmd.events import Answer, Command, Figures, Inspection, Launch, Learned, Note, Phase
+from vllmd.events import Answer, Command, Note
+from vllmd.facts import Figures, Inspection, Launch, Learned, Need, Phase
 from vllmd.spec import Cause, ModelSpec, Settings
 
 STORY_LENGTH = 200  # notes kept to be logged if the core ever raises

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from vllmd.events import EngineFacts
+from vllmd.facts import EngineFacts
 from vllmd.spec import Cause, Remedy
 
 #: An environment's packages, below its root.

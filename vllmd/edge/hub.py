@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vllmd.edge.weights import indexed_size, read_config, read_model, weight_files
-from vllmd.events import ModelFacts
+from vllmd.facts import ModelFacts
 from vllmd.modelconfig import given
 from vllmd.spec import Cause, ModelSpec, Remedy
 

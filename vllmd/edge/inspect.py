@@ -13,7 +13,7 @@ from pathlib import Path
 from vllmd.edge import port as ports
 from vllmd.edge.engine import Installation, check_flags, find_executable, knows_config, read_installation
 from vllmd.edge.hub import cache_folder, find_model
-from vllmd.events import Inspection, ModelFacts
+from vllmd.facts import Inspection, ModelFacts
 from vllmd.modelconfig import given, max_context
 from vllmd.spec import Cause, ModelSpec, Remedy
 from vllmd.units import GIB, MIB, gib

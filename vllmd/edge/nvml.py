@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllmd.events import DeviceReading, Holder
+from vllmd.facts import DeviceReading, Holder
 
 #: Seconds before NVML is opened again after it failed; doubled up to the second.
 PAUSE, PAUSE_MAX = 1.0, 60.0

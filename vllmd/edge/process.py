@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vllmd.edge.procfs import Member, Table, open_pidfd, read_stat, reap
 from vllmd.edge.tree import COOKIE
-from vllmd.events import Launch
+from vllmd.facts import Launch
 
 _PR_SET_CHILD_SUBREAPER = 36
 

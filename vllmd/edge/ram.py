@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllmd.events import DeviceReading, Holder
+from vllmd.facts import DeviceReading, Holder
 
 #: Seconds between two looks at all processes of the machine; about 20 us each.
 SCAN_EVERY = 30.0

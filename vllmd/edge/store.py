@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllmd.events import Learned
+from vllmd.facts import Learned
 
 
 class Taken(Exception):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllmd.events import ModelFacts
+from vllmd.facts import ModelFacts
 from vllmd.modelconfig import DTYPE_SIZES, quantized, run_dtype
 from vllmd.spec import Cause, Remedy
 from vllmd.units import gib
