@@ -73,7 +73,7 @@ def test_a_second_start_of_the_same_model_spawns_nothing() -> None:
     sim.inspect("a")
     tickets += [start(sim, "a")]
     assert sim.count(Spawn) == 1
-    assert {sim.answers[t].status for t in tickets} == {200, 202}
+    assert {sim.answers[t].status for t in tickets} == {202}
 
 
 def test_what_does_not_fit_is_refused_at_once_with_the_sum() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "vllmd"
-VALUES = {"vllmd", "vllmd.spec", "vllmd.events", "vllmd.facts", "vllmd.units", "vllmd.modelconfig"}
+VALUES = {"vllmd", "vllmd.spec", "vllmd.events", "vllmd.facts", "vllmd.record", "vllmd.units", "vllmd.modelconfig"}
 WIRING = {
     "vllmd.attempt",
     "vllmd.daemon",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllmd.facts import DeviceReading, Figures, Inspection, Launch, Learned, Phase
+from vllmd.record import Record, Survivor
 from vllmd.spec import Cause, Settings
 
 # -- events -----------------------------------------------------------------------------------------------------------
@@ -16,7 +17,9 @@ from vllmd.spec import Cause, Settings
 
 @dataclass(frozen=True, slots=True)
 class Boot:
-    """The daemon is up: start what is configured to start."""
+    """The daemon is up: go on with what the one before left, start what is configured to start."""
+
+    survivors: tuple[Survivor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +73,12 @@ class Inspected:
 
 @dataclass(frozen=True, slots=True)
 class Spawned:
-    """The process exists."""
+    """The process exists. `start`: its start in clock ticks since boot, which with the pid names this very process."""
 
     instance: str
     attempt: int
     pid: int
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +199,27 @@ class Spawn:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopt:
+    """Take over an engine that an earlier daemon started: follow its log, watch its tree, probe it until ready, or from now
+    on if it is `ready`. Reports as after Spawn; Broken when its leader (`pid`, `start`) is gone."""
+
+    instance: str
+    attempt: int
+    model: str
+    launch: Launch
+    pid: int | None
+    start: int
+    ready: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Keep this on disk, before any later command for the instance is carried out."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
 class Terminate:
     """SIGTERM to the leader only: it drains by itself (--shutdown-timeout)."""
 
@@ -278,5 +303,6 @@ class Finish:
 
 
 Command = (
-    Inspect | Spawn | Terminate | KillTree | Canary | ReadDevices | Answer | Remember | Keep | Forget | Note | Finish
+    Inspect | Spawn | Adopt | Save | Terminate | KillTree | Canary | ReadDevices | Answer | Remember | Keep | Forget
+    | Note | Finish
 )  # fmt: skip

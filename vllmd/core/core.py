@@ -7,7 +7,7 @@ dropped by comparing their number.
 import difflib
 from collections.abc import Mapping, Sequence
 
-from vllmd.core import health, starts, stops
+from vllmd.core import adoption, health, starts, stops
 from vllmd.core.launch import Places
 from vllmd.core.ledger import Ledger
 from vllmd.core.states import ALIVE, State
@@ -37,7 +37,7 @@ from vllmd.events import (
     Stop,
 )
 from vllmd.facts import Learned
-from vllmd.spec import Cause, Settings
+from vllmd.spec import Cause, ModelSpec, Settings
 
 Report = Inspected | Spawned | Alive | Progress | Printed | Ready | Pulse | CanaryBack | Broken | Gone
 
@@ -78,7 +78,7 @@ class Core:
             case DevicesRead():
                 health.devices_read(world, event, now)
             case Boot():
-                self._boot(now)
+                self._boot(event, now)
             case Start():
                 self._start(event, now)
             case Stop():
@@ -93,7 +93,10 @@ class Core:
         if world.closing and not world.finished and not any(i.state in ALIVE for i in world.instances.values()):
             world.finished = True
             world.emit(Finish())
-        commands, world.out = world.out, []
+        # First what must be on disk before the rest may happen.
+        saves: list[Command] = [adoption.keep(world, i) for i in world.instances.values() if i.id in world.dirty]
+        world.dirty.clear()
+        commands, world.out = saves + world.out, []
         return commands
 
     def next_deadline(self) -> float | None:
@@ -106,8 +109,9 @@ class Core:
             case Inspected():
                 starts.inspected(world, inst, event, now)
             case Spawned():
-                inst.pid = event.pid
+                inst.pid, inst.pid_start = event.pid, event.start
                 inst.pids = (event.pid,)
+                world.dirty.add(inst.id)
             case Alive():
                 starts.alive(inst, now)
             case Progress():
@@ -162,11 +166,19 @@ class Core:
                     inst.restarts += 1
                     starts.want(world, inst, now, patient=True, spec=world.settings.models.get(inst.spec.name))
 
-    def _boot(self, now: float) -> None:
-        for inst in self.world.instances.values():
+    def _boot(self, event: Boot, now: float) -> None:
+        world = self.world
+        for inst in world.instances.values():
             inst.since = now
-            if inst.spec.autostart and inst.state is State.STOPPED and not self.world.closing:
-                starts.want(self.world, inst, now, patient=True)
+        for survivor in event.survivors:
+            record = survivor.record
+            # A model that is configured no more is known by its record, until it is ended.
+            inst = world.instances.setdefault(record.id, Instance(record.id, ModelSpec(record.model, "")))
+            adoption.restore(world, inst, survivor, now)
+        known = {survivor.record.id for survivor in event.survivors}
+        for inst in world.instances.values():
+            if inst.id not in known and inst.spec.autostart and not world.closing:
+                starts.want(world, inst, now, patient=True)
 
     def _find(self, model: str, ticket: int | None) -> Sequence[Instance]:
         """The model's instances; an unknown name is answered with the nearest known one."""
@@ -194,10 +206,13 @@ class Core:
                         inst.tickets.append(event.ticket)
                     if not inst.inspecting:
                         self.world.answer(inst, 202, f"{inst.id}: {inst.waiting_text}")
-                case State.STARTING | State.READY:
-                    self._tell(event.ticket, 200, f"{inst.id} is {inst.state} already")
+                case State.STARTING:
+                    self._tell(event.ticket, 202, f"{inst.id} is starting already")
+                case State.READY:
+                    self._tell(event.ticket, 200, f"{inst.id} is ready already")
                 case State.DRAINING | State.STOPPING:
                     inst.wanted = True
+                    self.world.dirty.add(inst.id)
                     self._tell(event.ticket, 202, f"{inst.id} is stopping and will start again after that")
 
     def _tell(self, ticket: int | None, status: int, message: str) -> None:

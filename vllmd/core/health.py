@@ -177,6 +177,8 @@ def learn(world: World, inst: Instance, now: float) -> None:
         return
     old = known if known and not inst.learned else None
     phases = {str(p): s if old is None else (s + old.phases.get(str(p), s)) / 2 for p, s in inst.phases.items()}
+    if inst.resumed:
+        phases = dict(old.phases) if old else {}
     took = inst.ready_at - inst.started
     total = took if old is None or not old.total else (took + old.total) / 2
     if inst.learned and known is not None:

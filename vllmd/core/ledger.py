@@ -82,6 +82,10 @@ class Ledger:
                 raise ValueError(f"cannot hold {size} bytes on {device} for {instance}: {account.left} left")
         self.held[instance] = dict(parts)
 
+    def recall(self, instance: str, parts: Mapping[str, int]) -> None:
+        """Restore the promise to an engine that was adopted. It has its memory: there is nothing to ask."""
+        self.held[instance] = dict(parts)
+
     def release(self, instance: str) -> None:
         """Take back all promises to an instance; none is fine."""
         self.held.pop(instance, None)

@@ -165,10 +165,10 @@ def reset_start(inst: Instance, now: float) -> None:
     inst.started, inst.heard, inst.phase_since = now, now, now
     inst.phase, inst.phase_fraction, inst.phase_note, inst.phases = None, None, "", {}
     inst.figures, inst.learned, inst.peak, inst.over_since = Figures(), False, {}, None
-    inst.pid, inst.pids, inst.ready_at, inst.canary_out = None, (), None, False
+    inst.pid, inst.pid_start, inst.pids, inst.ready_at, inst.canary_out = None, 0, (), None, False
     inst.running, inst.waiting, inst.tokens, inst.tokens_per_s = 0, 0, 0.0, 0.0
     inst.crashed, inst.gone, inst.verdict, inst.drain_held, inst.leak = False, False, None, False, ""
-    inst.disturbed = False
+    inst.disturbed, inst.resumed = False, False
     inst.waits_for, inst.waiting_text = (), ""
 
 
@@ -208,6 +208,7 @@ def printed(world: World, inst: Instance, event: Printed, now: float) -> None:
     inst.figures = replace(inst.figures, **known)
     if event.measured and inst.measuring:
         inst.measuring = False
+        world.dirty.add(inst.id)
         world.note("window", "its memory is measured: others may move on its devices", inst, "debug")
 
 

@@ -25,6 +25,7 @@ class State(StrEnum):
 
 class Move(StrEnum):
     WANT = "want"  # somebody wants it up: operator, autostart, backoff elapsed, restart
+    ADOPT = "adopt"  # an earlier daemon's engine was found
     ADMIT = "admit"  # inspected, memory reserved, window free: spawn
     READY = "ready"  # serves, and is ours
     DRAIN = "drain"  # leader told to finish what it has
@@ -42,7 +43,7 @@ class IllegalMove(Exception):
 
 S, M = State, Move
 MOVES: Mapping[State, Mapping[Move, State]] = {
-    S.STOPPED: {M.WANT: S.WAITING},
+    S.STOPPED: {M.WANT: S.WAITING, M.ADOPT: S.STARTING},
     S.WAITING: {M.ADMIT: S.STARTING, M.CANCEL: S.STOPPED, M.RETRY: S.BACKOFF, M.GIVE_UP: S.FAILED},
     S.STARTING: {M.READY: S.READY, M.END: S.STOPPING},
     S.READY: {M.DRAIN: S.DRAINING, M.END: S.STOPPING},

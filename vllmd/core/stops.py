@@ -21,6 +21,7 @@ HOLD_LIMIT = 600.0  # seconds that a drain waits for a neighbour that measures
 def stop(world: World, inst: Instance, now: float, *, at_once: bool = False) -> tuple[int, str]:
     """The instance is not wanted any more. The status and sentence to answer with."""
     inst.wanted = False
+    world.dirty.add(inst.id)
     match inst.state:
         case State.STOPPED:
             return 200, f"{inst.id} is stopped already"
@@ -64,6 +65,7 @@ def terminate(world: World, inst: Instance, now: float) -> None:
     """SIGTERM to the leader, and a limit: once vLLM's own drain limit cut it off, its API server may hang for ever."""
     inst.drain_held = False
     inst.deadline = now + inst.spec.drain + inst.spec.stop_timeout
+    world.dirty.add(inst.id)
     world.emit(Terminate(inst.id, inst.attempt))
 
 

@@ -53,10 +53,12 @@ class Instance:
     heard: float = 0.0  # last sign of life
     figures: Figures = field(default_factory=Figures)
     learned: bool = False  # this attempt has taught its need
+    resumed: bool = False  # adopted while it started: how long its phases took was not seen
     disturbed: bool = False  # a neighbour died while it measured: its numbers teach nothing
 
     # serving
     pid: int | None = None
+    pid_start: int = 0  # clock ticks since boot: with the pid, this very process
     pids: tuple[int, ...] = ()
     ready_at: float | None = None
     proved: float = 0.0  # last time that the engine did something
@@ -108,6 +110,7 @@ class World:
         default_factory=dict
     )  # ("hangs", model), ("restarts", model, kind), ...
     out: list[Command] = field(default_factory=list)
+    dirty: set[str] = field(default_factory=set)  # instances whose record must be written anew after this event
     story: deque[str] = field(default_factory=lambda: deque(maxlen=STORY_LENGTH))
 
     def emit(self, command: Command) -> None:
@@ -125,6 +128,7 @@ class World:
         except IllegalMove as error:
             raise IllegalMove(f"{inst.id} (attempt {inst.attempt}): {error}") from None
         old, inst.state, inst.since, inst.deadline = inst.state, state, now, None
+        self.dirty.add(inst.id)
         if state not in HOLDING:
             self.ledger.release(inst.id)
         level = "warning" if state in (State.BACKOFF, State.FAILED) else "info"

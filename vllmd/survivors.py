@@ -1,0 +1,81 @@
+"""What an earlier daemon left: engines to go on with, and processes that belong to nobody any more.
+
+A record and a live process fit together by pid and start time, or, when the daemon was killed between a spawn and the
+record of it, by the cookie in the environment. Marked processes that fit no record are ended; unmarked ones are never
+touched.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from vllmd.config.change import digest, differing
+from vllmd.core.states import State
+from vllmd.edge.journal import Log
+from vllmd.edge.kill import in_thread, kill_members
+from vllmd.edge.procfs import Member, read_stat
+from vllmd.edge.tree import find_marked
+from vllmd.record import Record, Survivor
+from vllmd.spec import Settings
+
+LOOK_LIMIT = 5.0  # seconds that a look through /proc may take
+Marked = tuple[tuple[Member, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What was found. `pids` by instance; `strays` are marked processes that fit no record."""
+
+    survivors: tuple[Survivor, ...] = ()
+    pids: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    strays: frozenset[Member] = frozenset()
+
+
+async def look_back(records: Sequence[Record], settings: Settings, mark: str) -> Left:
+    """Match records with processes."""
+    nothing: Marked = ()
+    marked = await in_thread(lambda: find_marked(mark + ":"), LOOK_LIMIT, nothing)
+    return match(records, settings, marked)
+
+
+def match(records: Sequence[Record], settings: Settings, marked: Marked) -> Left:
+    """Which record is whose. A record of a state that this vllmd does not know is nobody's."""
+    survivors, pids = [], {}
+    claimed: set[Member] = set()
+    for record in records:
+        if record.state not in set(State):
+            continue
+        cookie = record.launch.cookie if record.launch else ""
+        own = {member for member, other in marked if cookie and other == cookie}
+        claimed |= own
+        survivor = identify(record, own, settings)
+        survivors.append(survivor)
+        if own:
+            pids[record.id] = frozenset(member.pid for member in own)
+    return Left(tuple(survivors), pids, frozenset(member for member, _ in marked) - claimed)
+
+
+def identify(record: Record, own: Collection[Member], settings: Settings) -> Survivor:
+    """One record's processes: the leader, or what it left."""
+    spec = settings.models.get(record.model)
+    changed = differing(record.spec, digest(spec)) if spec is not None and record.spec else ()
+    if record.pid is None and own:
+        # Spawned and never told: the eldest of them leads the session, or did.
+        eldest = min(own, key=lambda member: (member.start, member.pid))
+        record = replace(record, pid=eldest.pid, pid_start=eldest.start)
+    if record.pid is None:
+        return Survivor(record, spawned=False, changed=changed)
+    stat = read_stat(record.pid)
+    alive = stat is not None and stat.member.start == record.pid_start and not stat.dead
+    return Survivor(record, spawned=True, alive=alive, changed=changed)
+
+
+async def end_strays(strays: Collection[Member], log: Log) -> None:
+    """End marked processes that no record tells of."""
+    if not strays:
+        return
+    log.warning(
+        "an earlier vllmd left processes that no record tells of: ending them", pids=sorted(m.pid for m in strays)
+    )
+    left = await kill_members(frozenset(strays))
+    if left:
+        log.error("some of them cannot be killed", pids=list(left))
