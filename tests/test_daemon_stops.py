@@ -172,7 +172,7 @@ def test_twenty_clients_start_two_models_at_once(vllmd: Vllmd) -> None:
     for thread in threads:
         thread.join(LIMIT)
     assert len(codes) == 20 and set(codes) <= {200, 202}
-    assert vllmd.act("start", "a")[0] == 200  # starting by now, or ready
+    assert vllmd.act("start", "a")[0] in (200, 202)  # ready, or starting by now
     for name in "ab":
         vllmd.wait(name, "ready")
         assert vllmd.look(name)["attempt"] == 1

@@ -10,6 +10,13 @@ ROOT = Path(__file__).parent.parent / "vllmd"
 VALUES = {"vllmd", "vllmd.spec", "vllmd.events", "vllmd.facts", "vllmd.record", "vllmd.units", "vllmd.modelconfig"}
 WIRING = {
     "vllmd.attempt",
+    "vllmd.transcript",
+    "vllmd.inquiry",
+    "vllmd.saver",
+    "vllmd.survivors",
+    "vllmd.sweep",
+    "vllmd.ties",
+    "vllmd.ending",
     "vllmd.daemon",
     "vllmd.service",
     "vllmd.places",
@@ -30,8 +37,9 @@ EDGES = {
     "devices": {"devices", "nvml", "ram"},
     "inspect": {"inspect", "engine", "hub", "port", "weights"},
     "probe": {"probe"},
-    "store": {"store"},
-    "journal": {"journal"},
+    "store": {"store", "records"},
+    "journal": {"journal", "journald"},
+    "systemd": {"systemd"},
     "rules": {"rules"},
     "tasks": {"tasks"},
 }  # fmt: skip

@@ -93,15 +93,16 @@ async def test_an_ended_leader_keeps_its_number_until_its_tree_is_killed(start: 
 
 
 async def test_an_adopted_process_is_seen_to_end_without_a_status(start: Start, tmp_path: Path) -> None:
-    """A leader that is not our child: its end is seen, its exit code is not ours to know."""
+    """A leader that is not our child: its end is seen; its exit code the kernel tells only of late, and a kill is none."""
     engine = await start("runaway_pid = child(stubborn); say(runaway_pid); stay()")
     pid = int(await engine.line())
     stat = procfs.read_stat(pid)
     assert stat is not None
     launch = make_launch("", tmp_path)
-    assert adopt(pid, stat.member.start + 1, launch) is None
-    adopted = adopt(pid, stat.member.start, launch)
-    assert adopted is not None
+    gone = adopt(procfs.Member(pid, "", stat.member.start + 1), launch)
+    assert gone.ended and gone.pidfd < 0
+    adopted = adopt(procfs.Member(pid, "", stat.member.start), launch)
+    assert not adopted.ended
     waiting = asyncio.gather(adopted.wait())
     assert await kill_tree(adopted) == ()
     assert list(await asyncio.wait_for(waiting, LIMIT)) == [None]

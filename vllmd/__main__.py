@@ -3,12 +3,15 @@ configuration (EX_CONFIG, so that systemd does not try again)."""
 
 import argparse
 import asyncio
+import faulthandler
 import json
+import os
 import sys
 from pathlib import Path
 
 from vllmd import __version__
 from vllmd.config.load import ConfigError, find_config, load
+from vllmd.edge.systemd import take, under_systemd, unit_of
 from vllmd.spec import Settings
 
 EX_CONFIG = 78
@@ -47,17 +50,29 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     named = Path(args.check_config) if isinstance(args.check_config, str) else args.config
     path = (named or find_config()).absolute()
+    if args.check_config:
+        try:
+            return approve(load(path), path, as_json=args.json)
+        except ConfigError as error:
+            return refuse(error, path, as_json=args.json)
+    return serve(path)
+
+
+def serve(path: Path) -> int:
+    """Be the daemon."""
+    faulthandler.enable()  # SIGABRT, as from systemd's watchdog: say where every thread was
+    unit = unit_of() if under_systemd(os.environ) else None
+    given = take(os.environ)
     try:
         settings = load(path)
     except ConfigError as error:
-        return refuse(error, path, as_json=args.json)
-    if args.check_config:
-        return approve(settings, path, as_json=args.json)
+        given.notify.status(f"cannot start: {error.problems[0]}")
+        return refuse(error, path, as_json=False)
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     from vllmd.daemon import run  # everything that costs time to import, only when it is needed
 
-    return asyncio.run(run(settings, path))
+    return asyncio.run(run(settings, path, given, unit))
 
 
 def refuse(error: ConfigError, path: Path, *, as_json: bool) -> int:

@@ -12,26 +12,25 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vllmd.core.cause import diagnose
+from vllmd.core.phases import Sign
 from vllmd.core.phases import read as read_sign
 from vllmd.core.words import leader_ended, member_died
 from vllmd.edge import cgroup, logfile
 from vllmd.edge.kill import in_thread, kill_tree
 from vllmd.edge.leftovers import shared_files
-from vllmd.edge.listener import connections, listener_owner
+from vllmd.edge.listener import connections
 from vllmd.edge.logread import tail
-from vllmd.edge.probe import Counters, ProbeError
-from vllmd.edge.process import Child, spawn
-from vllmd.edge.procfs import Member, Table, bytes_read, read_table
-from vllmd.edge.tree import TreeWatch, fast_members
-from vllmd.events import Alive, Broken, CanaryBack, Event, Gone, Printed, Progress, Pulse, Ready, Spawn, Spawned
+from vllmd.edge.process import Child, adopt, spawn
+from vllmd.edge.procfs import Member, Table, bytes_read, exit_of_stranger
+from vllmd.edge.tree import TreeWatch
+from vllmd.events import Adopt, Alive, Broken, Event, Gone, Printed, Progress, Ready, Spawn, Spawned
 from vllmd.facts import Figures, Phase
+from vllmd.inquiry import Inquiry
 from vllmd.shared import Shared
 from vllmd.spec import ModelSpec
+from vllmd.transcript import Transcript
 
 FOLLOW_STARTING, FOLLOW_READY = 0.1, 1.0  # seconds between looks at the log
-PROBE_EVERY = 0.5  # seconds between probes of a start; the log's last line calls for one at once
-PULSE_EVERY = 5.0  # seconds between looks at a ready engine's counters, at most
-PROBE_TIMEOUT = 5.0
 DELIVER = 10.0  # seconds for the API server to hand on the last words of an engine that has finished
 READ_LIMIT = 5.0  # seconds that the log may take to be read for the cause
 NOT_RUNNABLE = (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.EPERM, errno.ENOTDIR, errno.ELOOP)
@@ -41,21 +40,19 @@ DIAGNOSED = 5000  # lines of the log's end that are searched for the cause
 class Attempt:
     """The processes of one attempt, from spawn to the last of them gone."""
 
-    def __init__(self, command: Spawn, spec: ModelSpec, shared: Shared) -> None:
+    def __init__(self, command: Spawn | Adopt, spec: ModelSpec, shared: Shared) -> None:
         self.instance, self.number, self.launch = command.instance, command.attempt, command.launch
         self.spec = spec
         self.shared = shared
         self.child: Child | None = None
         self.watch: TreeWatch | None = None
-        self.follower: logfile.Follower | None = None
-        self.phase: Phase | None = None
+        self.transcript: Transcript | None = None
+        self.inquiry = Inquiry(command.instance, command.attempt, command.launch, spec.hang_after, shared)
         self.is_ready = False
         self._what = ""
         self._status: int | None = None
         self._bytes_read = 0
         self._files: frozenset[Path] = frozenset()
-        self._counters: Counters | None = None
-        self._look_now = asyncio.Event()
         self._works: set[asyncio.Task[Any]] = set()
         self._killing = False
         self._terminated = False
@@ -75,6 +72,8 @@ class Attempt:
 
     def start(self) -> None:
         """Spawn; what goes wrong is reported as Broken. Some milliseconds, on the loop."""
+        if self._killing:
+            return
         try:
             self._spawn()
         except OSError as error:
@@ -85,10 +84,39 @@ class Attempt:
             return
         assert self.child is not None
         self.watch = TreeWatch(self.child.leader, self._member_died)
-        self.post(Spawned(self.instance, self.number, self.child.pid))
+        self.post(Spawned(self.instance, self.number, self.child.pid, self.child.leader.start))
+        self.shared.notifier.store(self.instance, self.child.pidfd)
         self._begin(self._leader(), "leader")
         self._begin(self._follow(), "log")
         self._begin(self._until_ready(), "probe")
+
+    def adopt(self, command: Adopt, pidfd: int | None) -> None:
+        """Take over what an earlier daemon started. A leader that is gone is reported as Broken."""
+        # With no pid there was no process that anybody saw; what is found by its cookie can still be killed.
+        leader = Member(command.pid or 0, "", command.start)
+        self.child = adopt(leader, self.launch, cgroup=self._cgroup(), pidfd=pidfd)
+        self.watch = TreeWatch(self.child.leader, self._member_died)
+        self.transcript = Transcript(self.instance, self.number, self.shared)
+        for text in self.transcript.resume():
+            if not command.ready and (sign := read_sign(text)) is not None:
+                self._heed(sign)
+        if self.child.ended:
+            self._what = "ended while vllmd was away"
+            self.post(Broken(self.instance, self.number, self._what))
+            return
+        self.shared.notifier.store(self.instance, self.child.pidfd)
+        self.is_ready = command.ready
+        self._begin(self._leader(), "leader")
+        self._begin(self._follow(), "log")
+        if command.ready:
+            self.watch.ready(pids=cgroup.pids(self.child.cgroup))
+            self._begin(self._find_files(), "shared memory")
+            self._begin(self.inquiry.pulses(), "pulse")
+        else:
+            self._begin(self._until_ready(), "probe")
+
+    def _cgroup(self) -> Path | None:
+        return cgroup.make(self.shared.cgroups, self.instance) if self.shared.cgroups else None
 
     def _spawn(self) -> None:
         scratch = Path(self.launch.scratch)
@@ -98,15 +126,14 @@ class Attempt:
             path = Path(self.launch.endpoint.removeprefix("unix:"))
             path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
-        group = cgroup.make(self.shared.cgroups, self.instance) if self.shared.cgroups else None
         log = logfile.open_log(self.shared.log_dir, self.instance, self.shared.log_keep)
         if log.trouble:
             self.shared.complain(log.trouble)
         try:
-            self.child = spawn(self.launch, log_fd=log.fd, cwd=scratch, cgroup=group)
+            self.child = spawn(self.launch, log_fd=log.fd, cwd=scratch, cgroup=self._cgroup())
         finally:
             os.close(log.fd)
-        self.follower = logfile.Follower(log.path)
+        self.transcript = Transcript(self.instance, self.number, self.shared)
 
     def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = self.shared.tasks.start(self._contained(work, name), f"{name} of {self.instance}#{self.number}")
@@ -128,6 +155,10 @@ class Attempt:
         """The leader's end, told within a millisecond by its pidfd."""
         assert self.child is not None
         status = await self.child.wait()
+        for _ in range(5 if status is None else 0):  # an adopted one: its status is told once its parent has reaped it
+            await asyncio.sleep(0.01)
+            if (status := exit_of_stranger(self.child.pidfd)) is not None:
+                break
         self._status = status
         self._what = self._what or leader_ended(status)
         self.post(Broken(self.instance, self.number, self._what, status if status is not None else -1))
@@ -145,30 +176,29 @@ class Attempt:
 
     def read_log(self) -> None:
         """What the log has new, as events."""
-        assert self.follower is not None
-        lines = self.follower.read_new()
-        for line in lines:
-            sign = read_sign(line.text)
-            if sign is None:
-                continue
-            if sign.phase is not None:
-                if sign.phase is Phase.LOAD is not self.phase:
-                    self._begin(self._find_files(), "shared memory")
-                self.phase = sign.phase
-                self.post(Progress(self.instance, self.number, sign.phase, sign.fraction, sign.note))
-                if sign.phase is Phase.HTTP:
-                    self._look_now.set()
-            if sign.figures is not None or sign.measured:
-                self.post(Printed(self.instance, self.number, sign.figures or Figures(), sign.measured))
-            if sign.drained and self._terminated and "data-parallel-size" not in self.spec.args:
-                self._begin(self._drained(), "drain")
+        assert self.transcript is not None
+        lines = self.transcript.read()
+        for text in lines:
+            if (sign := read_sign(text)) is not None:
+                self._heed(sign)
         if lines and not self.is_ready:
             self.post(Alive(self.instance, self.number))
         if self.is_ready:
-            before = self.follower.trouble
-            self.follower.rotate(self.shared.log_size, self.shared.log_keep)
-            if self.follower.trouble and self.follower.trouble != before:
-                self.shared.complain(self.follower.trouble)
+            self.transcript.rotate()
+
+    def _heed(self, sign: Sign) -> None:
+        assert self.transcript is not None
+        if sign.phase is not None:
+            if sign.phase is Phase.LOAD is not self.transcript.phase:
+                self._begin(self._find_files(), "shared memory")
+            self.transcript.phase = sign.phase
+            self.post(Progress(self.instance, self.number, sign.phase, sign.fraction, sign.note))
+            if sign.phase is Phase.HTTP:
+                self.inquiry.soon()
+        if sign.figures is not None or sign.measured:
+            self.post(Printed(self.instance, self.number, sign.figures or Figures(), sign.measured))
+        if sign.drained and self._terminated and "data-parallel-size" not in self.spec.args:
+            self._begin(self._drained(), "drain")
 
     async def _find_files(self) -> None:
         """While they live: a dead process does not show what it had mapped. From loading on vLLM has its queues."""
@@ -177,62 +207,27 @@ class Attempt:
         self._files |= await in_thread(lambda: shared_files(pids), 2.0, self._files)
 
     async def _until_ready(self) -> None:
-        """Ask until it serves, names us, and the listening socket is our tree's."""
-        while not await self._serves():
-            try:
-                async with asyncio.timeout(PROBE_EVERY):
-                    await self._look_now.wait()
-                await asyncio.sleep(0.02)  # the last line is printed just before it listens
-            except TimeoutError:
-                continue
-            self._look_now.clear()
+        assert self.watch is not None
+        await self.inquiry.until_ready(self.watch)
+        await self._find_files()
+        self._became_ready()
+        await self.inquiry.pulses()
+
+    def _became_ready(self) -> None:
         assert self.watch is not None
         self.is_ready = True
         members = self.watch.ready(pids=cgroup.pids(self.child.cgroup if self.child else None))
-        pids = tuple(sorted(member.pid for member in members))
-        await self._find_files()
         self.read_log()  # numbers that were printed before it served belong to the start
-        self.post(Ready(self.instance, self.number, pids))
-        self._begin(self._pulses(), "pulse")
-
-    async def _serves(self) -> bool:
-        endpoint = self.launch.endpoint
-        try:
-            if not await self.shared.probe.health(endpoint, timeout=PROBE_TIMEOUT):
-                return False
-            if self.launch.served_name not in await self.shared.probe.served(endpoint, timeout=PROBE_TIMEOUT):
-                return False
-        except ProbeError:
-            return False
-        members = await in_thread(self._members_now, 2.0, frozenset[int]())
-        owners = await in_thread(lambda: listener_owner(endpoint, members), 2.0, None)
-        return owners is not None and bool(owners & members)
-
-    def _members_now(self) -> frozenset[int]:
-        assert self.watch is not None
-        return frozenset(member.pid for member in fast_members(self.watch.leader, self.watch.known, table=read_table()))
-
-    async def _pulses(self) -> None:
-        """Counters of the ready engine. One that does not answer gives no pulse: the core counts the silence."""
-        while True:
-            try:
-                self._pulse(await self.shared.probe.counters(self.launch.endpoint, timeout=PROBE_TIMEOUT))
-            except ProbeError:
-                pass
-            await asyncio.sleep(min(PULSE_EVERY, self.spec.hang_after / 4))
-
-    def _pulse(self, seen: Counters) -> None:
-        before, self._counters = self._counters, seen
-        moved = before is not None and seen.progress != before.progress
-        tokens = seen.generation_tokens
-        self.post(Pulse(self.instance, self.number, seen.running, seen.waiting, tokens, moved, seen.kv_usage))
+        self.post(Ready(self.instance, self.number, tuple(sorted(member.pid for member in members))))
 
     # -- what it is asked
 
     def look(self, table: Table) -> frozenset[int]:
         """Its processes now. During a start, bytes they read are a sign of life."""
-        if self.watch is None or not self.live:
+        if self.watch is None:
             return frozenset()
+        if self._killing:  # until the last of them is gone what they hold is theirs
+            return frozenset(member.pid for member in self.watch.known if member.pid in table)
         group = cgroup.pids(self.child.cgroup if self.child else None)
         pids = frozenset(member.pid for member in self.watch.look(pids=group, table=table))
         if not self.is_ready:
@@ -257,26 +252,19 @@ class Attempt:
             await asyncio.sleep(FOLLOW_STARTING)
         self.post(Broken(self.instance, self.number, "drained", 0))
 
-    async def canary(self) -> None:
-        """One token through the engine, within hang_after."""
-        ok = None
-        try:
-            ok = await self.shared.probe.canary(
-                self.launch.endpoint, self.launch.served_name, self.spec.category, timeout=self.spec.hang_after
-            )
-        except ProbeError:
-            ok = False
-        self.post(CanaryBack(self.instance, self.number, ok))
-
     def begin_canary(self) -> None:
-        self._begin(self.canary(), "canary")
+        """One token through the engine, within hang_after."""
+        self._begin(self.inquiry.canary(self.spec.category), "canary")
 
     async def kill(self, *, crashed: bool) -> None:
         """End everything of it and report Gone, with the cause when it crashed."""
         if self._killing:
             return
         self._killing = True
+        memory = cgroup.memory(self.child.cgroup) if self.child and self.child.cgroup else None
+        oom = memory.peak or memory.current if memory and memory.oom_kills else None
         left = await self.end()
+        self.shared.notifier.drop(self.instance)
         cause = None
         if crashed:
             path = self.shared.log_dir / f"{self.instance}.log"
@@ -284,8 +272,8 @@ class Attempt:
                 await in_thread(lambda: tail(path, DIAGNOSED), READ_LIMIT, list[str]()) if self.child else []
             )
             cause = diagnose(
-                lines, status=self._status, what=self._what, phase=self.phase, rules=self.shared.rules,
-                ready=self.is_ready,
+                lines, status=self._status, what=self._what, rules=self.shared.rules, ready=self.is_ready,
+                phase=self.transcript.phase if self.transcript else None, oom=oom,
             )  # fmt: skip
             trouble = logfile.keep_failed(self.shared.log_dir, self.instance)
             if trouble:
@@ -302,6 +290,16 @@ class Attempt:
             self.watch.close()
             left = await kill_tree(self.child, known, files=self._files)
             self.child.close()
-        if self.follower is not None:
-            self.follower.close()
+        if self.transcript is not None:
+            self.transcript.rest()
+            self.transcript.close()
         return left
+
+    async def let_go(self) -> None:
+        """Follow it no more and leave it running, for the daemon that comes."""
+        for task in list(self._works):
+            task.cancel()
+        if self.watch is not None:
+            self.watch.close()
+        if self.transcript is not None:
+            self.transcript.close()

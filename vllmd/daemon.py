@@ -5,7 +5,7 @@ awaited. If the core raises, that is a bug: its story is logged and the daemon e
 """
 
 import asyncio
-import signal
+import os
 import time
 from pathlib import Path
 from typing import assert_never
@@ -14,16 +14,19 @@ from vllmd import __version__
 from vllmd.attempt import Attempt
 from vllmd.core.cause import parse_rules
 from vllmd.core.core import Core
-from vllmd.core.states import ALIVE
 from vllmd.edge.http import ListenError, Listeners
-from vllmd.edge.journal import Log, configure
+from vllmd.edge.journal import Lines, Log, configure, find_journal
 from vllmd.edge.kill import in_thread
 from vllmd.edge.probe import Probe
+from vllmd.edge.records import Records, boot_id
 from vllmd.edge.rules import load_rules
 from vllmd.edge.store import Store, Taken
 from vllmd.edge.stream import EventLog
+from vllmd.edge.systemd import Given, Unit
 from vllmd.edge.tasks import Tasks
+from vllmd.ending import Ending
 from vllmd.events import (
+    Adopt,
     Answer,
     Boot,
     Canary,
@@ -39,31 +42,38 @@ from vllmd.events import (
     Note,
     ReadDevices,
     Remember,
-    Shutdown,
+    Save,
     Spawn,
     Terminate,
 )
 from vllmd.facts import Inspection
-from vllmd.ground import prepare
+from vllmd.ground import clear_scratch, prepare
 from vllmd.lookout import Lookout
+from vllmd.record import Record
+from vllmd.saver import Saver
 from vllmd.service import Service
 from vllmd.shared import Shared
 from vllmd.spec import Cause, Settings
+from vllmd.survivors import end_strays, look_back, to_keep
+from vllmd.ties import Ties, summary
 from vllmd.voice import Voice
 
 SAVE_AFTER = 0.2  # seconds that changes are collected before they are written
-LAST_WRITE = 5.0  # seconds that writing may take at the end: a disk that hangs must not hold up a shutdown
+LOOK_BACK = 10.0  # seconds that reading the records of an earlier daemon may take
 
 
 class Daemon:
     """One running vllmd."""
 
-    def __init__(self, settings: Settings, path: Path, log: Log) -> None:
+    def __init__(self, settings: Settings, path: Path, log: Log, given: Given, unit: Unit | None) -> None:
         self.settings, self.path, self.log = settings, path, log
+        self.given, self.ties = given, Ties(given, unit)
         self.started = time.monotonic()
         self.events = EventLog()
         self.voice = Voice(log, self.events)
         self.store = Store(settings.daemon.state_dir)
+        self.records = Records(settings.daemon.state_dir / "instances", boot_id())
+        self.saver = Saver(self.records, lambda text: self.voice.note(Note("store", text, "error")))
         self.tasks = Tasks(self._task_failed)
         self.attempts: dict[str, Attempt] = {}
         self.lookout = Lookout(self.attempts, self._seen)
@@ -73,9 +83,9 @@ class Daemon:
         self._tickets = 0
         self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
         self._unsaved = asyncio.Event()
-        self._finished = asyncio.Event()
+        self.finished = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self._shutdowns = 0
+        self.ending = Ending(self)
 
     # -- life
 
@@ -86,23 +96,32 @@ class Daemon:
         except (Taken, OSError) as error:
             self.log.error(str(error))
             return 1
-        self._catch_signals()
+        self.ending.catch_signals()
         try:
             await self._prepare()
         except ListenError as error:
             self.log.error(str(error))
             return 1
         try:
-            await self._finished.wait()
+            await self.finished.wait()
         finally:
-            await self._leave()
+            await self.ending.leave()
         return self.exit_code
 
     async def _prepare(self) -> None:
         spec = self.settings.daemon
-        places, cgroups = await prepare(spec, self.log)
+        places, cgroups = prepare(spec, self.log)
+        unread: tuple[list[Record], list[str]] = ([], [f"cannot read {self.records.directory}"])
+        records, troubles = await in_thread(self.records.read, LOOK_BACK, unread)
+        left = await look_back(records, self.settings, places.mark)
+        for text in troubles:
+            self.log.error(f"{text}; what it told of is ended and started anew")
+        await end_strays(left.strays, self.log)
+        used = {s.record.launch.scratch for s in left.survivors if s.spawned and s.record.launch}
+        await clear_scratch(places.scratch, used)
         self.core = Core(self.settings, places, self.store.learned())
         self.core.world.good.update(self.store.good())
+        journal = find_journal(spec.log_format)
         self.shared = Shared(
             self.post,
             self.tasks,
@@ -112,55 +131,39 @@ class Daemon:
             spec.log_size,
             spec.log_keep,
             cgroups,
+            self.records.directory,
+            Lines(journal) if journal else None,
+            self.given.notify,
             lambda text: self.voice.note(Note("log", text, "error")),
         )
         self._complain()
-        self.handle(await self.lookout.devices({}))
+        self.handle(await self.lookout.devices(left.pids))
         self.service = Service(self)
-        self.listeners = Listeners(self.service, self.events, spec.socket, self.settings.http)
+        control = self.given.sockets.get("control", ())
+        self.listeners = Listeners(
+            self.service,
+            self.events,
+            spec.socket,
+            self.settings.http,
+            given=control,
+            tcp=self.given.sockets.get("http", ()),
+        )
         await self.listeners.start()
         self.serving = True
         self.tasks.start(self._decide(), "core")
         self.tasks.start(self.lookout.watch(), "devices")
         self.tasks.start(self._save(), "store")
+        self.tasks.start(self.saver.run(), "records")
+        self.tasks.start(self.ties.beat(lambda: self._queue.put_nowait(None)), "watchdog")
         web = [f"http://{host}:{port}" for host, port in self.listeners.addresses]
         self.log.info(
             "vllmd is ready", version=__version__, models=len(self.settings.models), socket=str(spec.socket), web=web
         )
-        self.post(Boot())
-
-    async def _leave(self) -> None:
-        """Listeners first, so that nobody asks a daemon that is going; then what is still to be written."""
-        self.serving = False
-        await self.listeners.stop()
-        await self.tasks.end()
-        for inst in self.core.world.instances.values():
-            if inst.state in ALIVE and inst.id in self.attempts:  # only after an internal error
-                await self.attempts[inst.id].end()
-        await in_thread(self._write, LAST_WRITE, None)
-        self.store.unlock()
-        self.log.info("vllmd has ended")
-        # A second one now must not turn a good end into a death by signal.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().remove_signal_handler(number)
-            signal.signal(number, signal.SIG_IGN)
-
-    def _catch_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._asked_to_end)
-        loop.add_signal_handler(signal.SIGHUP, self._asked_to_reload)
-
-    def _asked_to_reload(self) -> None:
-        if self.serving:
-            self.tasks.start(self.service.reload_by_signal(), "reload")
-
-    def _asked_to_end(self) -> None:
-        self._shutdowns += 1
-        running = len([a for a in self.attempts.values() if a.live])
-        again = " now" if self._shutdowns > 1 else (" (once more to skip the drain)" if running else "")
-        self.log.info(f"ending {running} models{again}")
-        self.post(Shutdown())
+        self.handle(Boot(left.survivors))
+        for instance in self.given.pidfds.keys() - self.attempts.keys():
+            os.close(self.given.pidfds[instance])
+            self.given.notify.drop(instance)
+        self.given.notify.ready(summary(self.core.world))
 
     # -- the loop
 
@@ -185,6 +188,7 @@ class Daemon:
     async def _decide(self) -> None:
         while True:
             self.handle(await self._queue.get())
+            self.ties.feed(time.monotonic())
 
     def handle(self, event: Event | None) -> None:
         """One event through the core, and all that follows."""
@@ -195,6 +199,8 @@ class Daemon:
             self.do(command)
             touched.add(getattr(command, "instance", None))
         self._set_timer()
+        if self.serving and any(isinstance(command, Save) for command in commands):
+            self.ties.tell(self.core.world)
         self.voice.changed(self.core.world, event, touched, now)
 
     def _set_timer(self) -> None:
@@ -213,10 +219,16 @@ class Daemon:
                 self.tasks.start(self._inspect(command), f"inspection of {command.instance}")
             case Spawn():
                 spec = self.core.world.instances[command.instance].spec
-                attempt = Attempt(command, spec, self.shared)
-                self.attempts[command.instance] = attempt
-                attempt.start()
+                attempt = self.attempts[command.instance] = Attempt(command, spec, self.shared)
+                self.tasks.start(self._spawn(attempt), f"spawn of {command.instance}")
+            case Adopt():
+                spec = self.core.world.instances[command.instance].spec
+                attempt = self.attempts[command.instance] = Attempt(command, spec, self.shared)
+                attempt.adopt(command, self.given.pidfds.get(command.instance))
                 self.lookout.soon()
+            case Save():
+                inst = self.core.world.instances[command.record.id]
+                self.saver.save(to_keep(command.record, inst.spec, self.settings.secrets))
             case Terminate():
                 self.attempts[command.instance].terminate()
             case KillTree():
@@ -234,15 +246,22 @@ class Daemon:
                 self._unsaved.set()
             case Forget():
                 self.attempts.pop(command.instance, None)
+                self.saver.forget(command.instance)
                 self.voice.removed(command.instance)
             case Note():
                 self.voice.note(command)
             case Finish():
-                self._finished.set()
+                self.finished.set()
             case _:
                 assert_never(command)
 
     # -- tasks
+
+    async def _spawn(self, attempt: Attempt) -> None:
+        """What is needed to find the process again is on disk before there is one."""
+        await self.saver.saved()
+        attempt.start()
+        self.lookout.soon()
 
     async def _inspect(self, command: Inspect) -> None:
         inst = self.core.world.instances.get(command.instance)
@@ -273,9 +292,10 @@ class Daemon:
             await self._unsaved.wait()
             await asyncio.sleep(SAVE_AFTER)
             self._unsaved.clear()
-            await in_thread(self._write, 60.0, None)
+            await in_thread(self.write, 60.0, None)
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """What was learned, to disk. May block."""
         self.store.keep_learned(dict(self.core.world.learned))
         self.store.keep_good(dict(self.core.world.good))
 
@@ -288,10 +308,10 @@ class Daemon:
         story = list(self.core.world.story)[-20:]
         self.log.error(f"internal error in {name}: {error!r}; vllmd ends", story=story, exc_info=error)
         self.exit_code = 1
-        self._finished.set()
+        self.finished.set()
 
 
-async def run(settings: Settings, path: Path) -> int:
-    """The whole life of a daemon."""
+async def run(settings: Settings, path: Path, given: Given, unit: Unit | None) -> int:
+    """The whole life of a daemon. `given`: what systemd handed over; `unit`: the service we are, if we are one."""
     log = configure(settings.daemon.log_level, settings.daemon.log_format)
-    return await Daemon(settings, path, log).run()
+    return await Daemon(settings, path, log, given, unit).run()

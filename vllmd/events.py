@@ -207,7 +207,7 @@ class Adopt:
     attempt: int
     model: str
     launch: Launch
-    pid: int | None
+    pid: int
     start: int
     ready: bool
 

@@ -1,23 +1,22 @@
-"""What a daemon needs under its feet before it starts anything: directories, no leftovers, its own cgroup."""
+"""What a daemon needs under its feet before it starts anything: directories, its own cgroup, and a clear view of what an
+earlier daemon left."""
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from vllmd.core.launch import Places
 from vllmd.edge import cgroup
 from vllmd.edge.journal import Log
-from vllmd.edge.kill import in_thread, sweep
+from vllmd.edge.kill import in_thread
 from vllmd.edge.process import become_subreaper
-from vllmd.edge.procfs import Member
-from vllmd.edge.tree import find_marked
 from vllmd.places import hf_home, mark_of, scratch_root
 from vllmd.spec import DaemonSpec
 
-LOOK_LIMIT = 5.0  # seconds that a look through /proc may take
-CLEAR_LIMIT = 10.0
+CLEAR_LIMIT = 10.0  # seconds
 
 
-async def prepare(spec: DaemonSpec, log: Log) -> tuple[Places, Path | None]:
+def prepare(spec: DaemonSpec, log: Log) -> tuple[Places, Path | None]:
     """Where launches may put things, and the directory of our cgroup if systemd delegated one. What fails is logged; the
     daemon runs without it."""
     become_subreaper()
@@ -27,22 +26,19 @@ async def prepare(spec: DaemonSpec, log: Log) -> tuple[Places, Path | None]:
         except OSError as error:
             log.error(f"cannot make {directory}: {error.strerror}")
     mark = mark_of(spec.state_dir)
-    scratch = scratch_root(spec.runtime_dir, mark)
-    await end_leftovers(mark, log)
-    await in_thread(lambda: shutil.rmtree(scratch, ignore_errors=True), CLEAR_LIMIT, None)
     root = cgroup.delegated_root()
     if root is not None and (trouble := cgroup.enter_supervisor(root)):
         log.warning(trouble)
+    scratch = scratch_root(spec.runtime_dir, mark)
     return Places(spec.runtime_dir, spec.cache_dir, scratch, mark, hf_home(spec.cache_dir)), root
 
 
-async def end_leftovers(mark: str, log: Log) -> None:
-    """End what an earlier daemon on this state directory left when it was killed: its marked processes, nothing else."""
-    nothing: tuple[tuple[Member, str], ...] = ()
-    found = await in_thread(lambda: find_marked(mark + ":"), LOOK_LIMIT, nothing)
-    if not found:
-        return
-    log.warning("an earlier vllmd was killed and left processes: ending them", pids=[member.pid for member, _ in found])
-    left = await sweep(mark + ":")
-    if left:
-        log.error("some of them cannot be killed", pids=list(left))
+async def clear_scratch(scratch: Path, used: Collection[str]) -> None:
+    """Remove the scratch directories that no living engine uses."""
+
+    def clear() -> None:
+        for path in scratch.iterdir():
+            if str(path) not in used:
+                shutil.rmtree(path, ignore_errors=True)
+
+    await in_thread(clear, CLEAR_LIMIT, None)

@@ -22,6 +22,7 @@ class Record:
     state: str
     attempt: int
 
+    spec: Mapping[str, str] = field(default_factory=dict)  # digests of the keys that a running engine cannot follow
     wanted: bool = False
     closing: bool = False  # the daemon was ending everything: what was wanted before does not count any more
     since: float = 0.0
@@ -45,7 +46,7 @@ class Record:
     ready_at: float | None = None
     broke_at: float = 0.0
     phases: Mapping[Phase, float] = field(default_factory=dict)
-    figures: Figures = Figures()
+    figures: Figures = field(default_factory=Figures)
     learned: bool = False
     disturbed: bool = False
 

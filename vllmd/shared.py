@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllmd.core.cause import Rules
+from vllmd.edge.journal import Lines
 from vllmd.edge.probe import Probe
+from vllmd.edge.systemd import Notifier
 from vllmd.edge.tasks import Tasks
 from vllmd.events import Event
 
@@ -22,4 +24,7 @@ class Shared:
     log_size: int
     log_keep: int
     cgroups: Path | None
+    records_dir: Path
+    lines: Lines | None  # the journal, for what models print
+    notifier: Notifier
     complain: Callable[[str], None]

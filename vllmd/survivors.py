@@ -8,14 +8,15 @@ touched.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from vllmd.config.change import digest, differing
+from vllmd.config.change import differing, digest
 from vllmd.core.states import State
 from vllmd.edge.journal import Log
 from vllmd.edge.kill import in_thread, kill_members
 from vllmd.edge.procfs import Member, read_stat
 from vllmd.edge.tree import find_marked
 from vllmd.record import Record, Survivor
-from vllmd.spec import Settings
+from vllmd.service import hide
+from vllmd.spec import ModelSpec, Settings
 
 LOOK_LIMIT = 5.0  # seconds that a look through /proc may take
 Marked = tuple[tuple[Member, str], ...]
@@ -62,11 +63,19 @@ def identify(record: Record, own: Collection[Member], settings: Settings) -> Sur
         # Spawned and never told: the eldest of them leads the session, or did.
         eldest = min(own, key=lambda member: (member.start, member.pid))
         record = replace(record, pid=eldest.pid, pid_start=eldest.start)
-    if record.pid is None:
+    if record.pid is None or record.launch is None:
         return Survivor(record, spawned=False, changed=changed)
     stat = read_stat(record.pid)
     alive = stat is not None and stat.member.start == record.pid_start and not stat.dead
     return Survivor(record, spawned=True, alive=alive, changed=changed)
+
+
+def to_keep(record: Record, spec: ModelSpec, secrets: frozenset[str]) -> Record:
+    """The record as it goes to disk: with what the engine runs with, as digests, and without what is secret."""
+    launch = record.launch
+    if launch is not None:
+        launch = replace(launch, env=hide(dict(launch.env), secrets))
+    return replace(record, spec=digest(spec), launch=launch)
 
 
 async def end_strays(strays: Collection[Member], log: Log) -> None:

@@ -74,3 +74,8 @@ def span(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds / 86400:.0f} d"
+
+
+def count(number: int, noun: str) -> str:
+    """ "1 model", "3 models"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -6,6 +6,7 @@ Whether a key needs a restart is a column of the table of keys.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from hashlib import blake2b
 from typing import Any
 
 from vllmd.config.options import SECTIONS, Option, Section
@@ -79,6 +80,31 @@ def _differing(section: Section, old: Any, new: Any) -> list[Option]:
     return [
         option for key, option in SECTIONS[section].items() if getattr(old, key, _ABSENT) != getattr(new, key, _ABSENT)
     ]
+
+
+def digest(spec: ModelSpec) -> dict[str, str]:
+    """What a running engine cannot follow, key by key, as digests: to be compared with a later configuration's, and to be
+    kept where the values themselves, some of them secret, have no place."""
+    return {
+        key: blake2b(repr(_plain(getattr(spec, key))).encode(), digest_size=8).hexdigest()
+        for key, option in SECTIONS[Section.MODELS].items()
+        if option.restarts and hasattr(spec, key)
+    }
+
+
+def differing(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[str, ...]:
+    """The keys whose digests differ. A key that one side does not know is no difference: it came or went with a version."""
+    return tuple(key for key, value in new.items() if old.get(key, value) != value)
+
+
+def _plain(value: Any) -> Any:
+    """The value without the order of its tables."""
+    match value:
+        case Mapping():
+            return sorted((str(key), _plain(item)) for key, item in value.items())
+        case list() | tuple():
+            return [_plain(item) for item in value]
+    return value
 
 
 _ABSENT = object()

@@ -54,7 +54,7 @@ def restore(world: World, inst: Instance, survivor: Survivor, now: float) -> Non
     state = State(record.state)
     inst.attempt, inst.restarts, inst.failures = record.attempt, record.restarts, list(record.failures)
     inst.last, inst.last_at, inst.since = record.last, record.last_at, now
-    if state in ALIVE and survivor.spawned and record.launch is not None:
+    if state in ALIVE and survivor.spawned:
         take_over(world, inst, survivor, State.STOPPING if record.closing else state, now)
     elif record.closing:
         if configured(world, inst) and inst.spec.autostart:
@@ -73,7 +73,7 @@ def take_over(world: World, inst: Instance, survivor: Survivor, state: State, no
     """Processes of it live, or did when the daemon before last looked."""
     record = survivor.record
     recall(world, inst, record, state)
-    assert record.launch is not None
+    assert record.launch is not None and record.pid is not None
     ready = state in (State.READY, State.DRAINING)
     world.emit(
         Adopt(inst.id, inst.attempt, inst.spec.name, record.launch, record.pid, record.pid_start, ready)

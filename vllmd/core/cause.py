@@ -15,6 +15,7 @@ from vllmd.core.logline import LogLine, parse
 from vllmd.core.words import PHASES
 from vllmd.facts import Phase
 from vllmd.spec import Cause, Remedy
+from vllmd.units import gib
 
 LONGEST = 400  # characters of an exception that are shown
 BEFORE = 60  # lines before the first fatal sign of a running engine that may hold its cause
@@ -61,13 +62,23 @@ def parse_rules(raw: Mapping[str, Any]) -> Rules:
 
 
 def diagnose(
-    lines: Sequence[str], *, status: int | None, what: str, phase: Phase | None, rules: Rules, ready: bool = False
+    lines: Sequence[str],
+    *,
+    status: int | None,
+    what: str,
+    phase: Phase | None,
+    rules: Rules,
+    ready: bool = False,
+    oom: int | None = None,
 ) -> Cause:
     """The cause of an end that nobody asked for. Always finds one.
 
     `status` is the leader's exit code (negative: signal; None: it runs, another process died), `what` happened as a
-    sentence part, `phase` the last of the start. `ready`: it had served; only its last words count then.
+    sentence part, `phase` the last of the start. `ready`: it had served; only its last words count then. `oom`: the kernel
+    killed in its cgroup for lack of memory, when that held this many bytes.
     """
+    if oom is not None:
+        return _out_of_memory(oom, what, phase, ready)
     if not lines and what.startswith("cannot "):  # it never ran
         return Cause("cannot-run", what, "cannot run", heals=False, detail=what)
     if status is not None and -status in _FROM_OUTSIDE:
@@ -88,6 +99,12 @@ def diagnose(
     if found is None:
         return _ended(status, what, phase, ready)
     return _by_rule(*found, what, phase, ready)
+
+
+def _out_of_memory(held: int, what: str, phase: Phase | None, ready: bool) -> Cause:
+    text = f"the kernel killed it{_during(phase, ready)} for lack of host memory (it held {gib(held)})"
+    remedies = (Remedy("free host memory, or raise MemoryMax= of vllmd.service or memory_max of the model"),)
+    return Cause("host-oom", text, "out of host memory", remedies, detail=what, phase=_name(phase, ready))
 
 
 def _rule(row: Mapping[str, Any]) -> Rule:

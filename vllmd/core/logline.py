@@ -15,6 +15,15 @@ _RECORD = re.compile(
 _BARE = re.compile(r"\((?P<process>[^()]*?) pid=\d+\) (?P<text>.*)")
 _UVICORN = re.compile(r"(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL):\s+(?P<text>.*)")
 
+_SEVERITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+_LETTERS = {"I": 6, "W": 4, "E": 3, "F": 2}
+_CPP = re.compile(r"\[?([IWEF])\d{4} \d\d:\d\d:\d\d")  # PyTorch's C++ side: "[W1124 01:53:11.749398921 utils.cpp:68]"
+_WARNS = re.compile(r"(?:\S+:\d+: )?(?:\w+\.)*\w*Warning: ")
+_FAILS = re.compile(
+    r'Traceback \(most recent call last\):|  File ".*", line \d+|(?:\w+\.)*\w*(?:Error|Exception|ExceptionGroup)(?::|$)'
+    r"|Fatal Python error: |terminate called "
+)
+
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
@@ -37,6 +46,19 @@ def parse(line: str) -> LogLine:
     if match := _UVICORN.match(line):
         return LogLine("", match["level"], match["text"])
     return LogLine("", "", line)
+
+
+def severity(line: str) -> int:
+    """How serious a line is, as syslog counts: 2 critical, 3 error, 4 warning, 6 info, 7 debug; 6 for one that does not
+    tell. A bare traceback tells by its head, its frames and its last line."""
+    said = parse(line)
+    if said.level:
+        return _SEVERITIES.get(said.level.upper(), 6)
+    if match := _CPP.match(said.text):
+        return _LETTERS[match[1]]
+    if _WARNS.match(said.text):
+        return 4
+    return 3 if _FAILS.match(said.text) else 6
 
 
 def _from_json(line: str) -> LogLine | None:

@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from aiohttp import web
@@ -79,8 +80,14 @@ class Listeners:
         *,
         limits: Limits | None = None,
         group: str = "vllmd",
+        given: Sequence[socket.socket] = (),
+        tcp: Sequence[socket.socket] = (),
     ) -> None:
-        """Listen on the unix socket `path` (None = not) and on `spec.listen`. `group`, if it exists, may use it."""
+        """Listen on the unix socket `path` (None = not) and on `spec.listen`. `group`, if it exists, may use it.
+
+        Sockets that systemd holds (`given` for control, `tcp`) are served instead, and stay when we go.
+        """
+        self._given, self._tcp = given, tcp
         self._backend = backend
         self._events = events
         self._path = path
@@ -106,14 +113,20 @@ class Listeners:
         """Open all, or none: raises ListenError."""
         loop = asyncio.get_running_loop()
         try:
-            if self._path is not None:
+            control = list(self._given)
+            if self._path is not None and not control:
                 sock, self._inode = await asyncio.to_thread(bind_unix, self._path, self._group)
+                control = [sock]
+            if control:
                 factory = self._factory(Gate(self._backend, self._events, None, self._limits))
-                self._open.append(await loop.create_unix_server(factory, sock=sock, backlog=BACKLOG))
-            if self._spec.listen:
+                for sock in control:
+                    self._open.append(await loop.create_unix_server(factory, sock=sock, backlog=BACKLOG))
+            if self._spec.listen or self._tcp:
                 names = own_names([host for host, _ in self._spec.listen])
                 factory = self._factory(Gate(self._backend, self._events, names, self._limits))
-                for host, port in self._spec.listen:
+                for sock in self._tcp:
+                    self._open.append(await loop.create_server(factory, sock=sock, backlog=BACKLOG))
+                for host, port in () if self._tcp else self._spec.listen:
                     self._open.append(await open_tcp(factory, host, port))
         except BaseException:
             await self.stop()

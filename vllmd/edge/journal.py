@@ -1,32 +1,46 @@
-"""vllmd's own log: short fixed phrases with keys, for a console or as JSON lines on standard error."""
+"""vllmd's own log: short fixed phrases with keys. In the journal with its fields, or on standard error for a console or
+as JSON lines. What models print goes to the journal beside it, under the model's name."""
 
 import logging
+import os
+import re
 import sys
+from pathlib import Path
 from typing import Any, TextIO
 
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
+from vllmd.edge.journald import SOCKET, Journald, available, is_there, priority
+
 Log = structlog.typing.FilteringBoundLogger
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+IDENTIFIER = "vllmd"
+
+_NO_FIELD = re.compile(r"[^A-Z0-9_]")
 
 
-def configure(level: str = "info", form: str = "auto", stream: TextIO | None = None) -> Log:
-    """Set up logging for the whole process and return vllmd's logger. `form` is "console", "json" or "auto": console."""
+def configure(level: str = "info", form: str = "auto", stream: TextIO | None = None, socket: Path = SOCKET) -> Log:
+    """Set up logging for the whole process and return vllmd's logger.
+
+    `form` is "console", "json", "journal", or "auto": the journal where systemd connected standard error to it. Without
+    a journal both are a console. A given `stream` is written to, unless `form` is "journal".
+    """
+    journal = find_journal(form, socket) if stream is None or form == "journal" else None
     stream = stream or sys.stderr
-    if form == "json":
-        last: list[Any] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    if journal is not None:
+        processors: list[Any] = [structlog.processors.format_exc_info, as_fields]
+    elif form == "json":
+        stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
+        processors = [stamp, structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        last = [structlog.processors.format_exc_info, render]
+        stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False)
+        processors = [stamp, structlog.processors.format_exc_info, render]
     structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso" if form == "json" else "%H:%M:%S", utc=form == "json"),
-            *last,
-        ],
+        processors=[structlog.processors.add_log_level, *processors],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
-        logger_factory=structlog.PrintLoggerFactory(stream),
+        logger_factory=structlog.PrintLoggerFactory(stream) if journal is None else lambda *_: _Entries(journal),
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(level=logging.WARNING, handlers=[Relay()], force=True)
@@ -34,17 +48,66 @@ def configure(level: str = "info", form: str = "auto", stream: TextIO | None = N
     return log
 
 
+def find_journal(form: str, socket: Path = SOCKET) -> Journald | None:
+    """The journal that a log of this form goes to; None for a console and JSON, or when there is no journal."""
+    there = available(os.environ, path=socket) if form == "auto" else form == "journal" and is_there(socket)
+    return Journald(socket) if there else None
+
+
 def render(_: WrappedLogger, __: str, event: EventDict) -> str:
     """ "02:01:55 warning ocr: uses 0.4 GiB more than its 9.0 GiB": one line, the model first, other keys behind."""
-    when, level, text = event.pop("timestamp", ""), event.pop("level", ""), str(event.pop("event", ""))
-    who, kind = event.pop("model", None), event.pop("kind", None)
-    exception = event.pop("exception", None)
-    head = f"{when} " + (f"{level}: " if level in ("warning", "error", "critical") else "")
-    body = f"{who}: {text}" if who else text
-    if kind in (None, "state"):
-        kind = None
-    rest = "".join(f" {key}={value}" for key, value in event.items() if value is not None and key != "attempt")
-    return head + body + rest + (f"\n{exception}" if exception else "")
+    when, level = event.pop("timestamp", ""), event.pop("level", "")
+    return f"{when} " + (f"{level}: " if level in ("warning", "error", "critical") else "") + _words(event)
+
+
+def as_fields(_: WrappedLogger, __: str, event: EventDict) -> dict[str, str | int]:
+    """The entry for the journal: the words of the console as MESSAGE, each key as VLLMD_KEY."""
+    level = event.pop("level", "")
+    keys = {_NO_FIELD.sub("_", key.upper())[:58]: value for key, value in event.items() if value is not None}
+    for own in ("EVENT", "EXCEPTION"):
+        keys.pop(own, None)
+    return {
+        "MESSAGE": _words(event), "PRIORITY": priority(level), "SYSLOG_IDENTIFIER": IDENTIFIER,
+        **{f"VLLMD_{key}": value if isinstance(value, int) else str(value) for key, value in keys.items()},
+    }  # fmt: skip
+
+
+def _words(event: EventDict) -> str:
+    text, who, exception = str(event.pop("event", "")), event.pop("model", None), event.pop("exception", None)
+    rest = "".join(f" {key}={value}" for key, value in event.items() if value is not None and key not in _SILENT)
+    return (f"{who}: {text}" if who else text) + rest + (f"\n{exception}" if exception else "")
+
+
+_SILENT = ("attempt", "kind")  # said by the words already, or of use to programs only
+
+
+class _Entries:
+    """structlog's last station: a method per level, each taking an entry's fields."""
+
+    def __init__(self, journal: Journald) -> None:
+        self._journal = journal
+
+    def msg(self, **fields: str | int) -> None:
+        self._journal.send(fields)
+
+    log = debug = info = warn = warning = error = exception = critical = fatal = failure = err = msg
+
+
+class Lines:
+    """What models print, in the journal: `journalctl -t vllmd/NAME`, or VLLMD_MODEL=NAME together with our events."""
+
+    def __init__(self, journal: Journald) -> None:
+        self.journal = journal
+
+    def send(self, text: str, *, model: str, attempt: int, phase: str | None, priority: int) -> bool:
+        """One line; a blank one is passed over, as journald itself does. False when it was lost (`journal.lost`)."""
+        if not text.strip():
+            return True
+        fields: dict[str, str | int] = {
+            "MESSAGE": text, "PRIORITY": priority, "SYSLOG_IDENTIFIER": f"{IDENTIFIER}/{model}",
+            "VLLMD_MODEL": model, "VLLMD_ATTEMPT": attempt,
+        }  # fmt: skip
+        return self.journal.send(fields | ({"VLLMD_PHASE": str(phase)} if phase else {}))
 
 
 class Relay(logging.Handler):

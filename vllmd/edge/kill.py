@@ -64,6 +64,12 @@ async def sweep(prefix: str) -> tuple[int, ...]:
     return tuple(sorted(member.pid for member in left))
 
 
+async def kill_members(found: frozenset[Member]) -> tuple[int, ...]:
+    """Kill these and nothing else. Returns the pids that live on."""
+    left = await _until_gone(found, lambda: frozenset(member for member in found if procfs.alive(member)))
+    return tuple(sorted(member.pid for member in left))
+
+
 async def in_thread(work: Callable[[], T], limit: float, default: T) -> T:
     """The result of `work`, run in a thread of its own; `default` when it raises OSError or takes longer than `limit`
     seconds. The thread is a daemon: an executor's would keep the program from ending."""

@@ -47,10 +47,21 @@ class Follower:
         self.path = path
         self.trouble = ""
         self.more = False  # the last read stopped at CHUNK: there is more at once
+        self.inode = 0
+        self.line_start = 0  # offset behind the last line that ended: whoever begins there misses nothing
         self._fd = -1
         self._at = 0
-        self._inode = 0
         self._lines = Splitter()
+
+    def begin(self, at: int, inode: int) -> int:
+        """Begin at `at`, if the file is still the one with this inode and that long; else at its start. Returns where."""
+        try:
+            self._open()
+            if self.inode == inode and os.fstat(self._fd).st_size >= at:
+                self._at = self.line_start = at
+        except OSError:
+            return 0
+        return self._at
 
     def read_new(self) -> list[Line]:
         """The lines added since the last call, of at most CHUNK bytes. Follows a new file of that name, and one that
@@ -59,9 +70,9 @@ class Follower:
             if self._fd < 0:
                 self._open()
             if os.fstat(self._fd).st_size < self._at:
-                self._at = 0
+                self._at = self.line_start = 0
             data = os.pread(self._fd, CHUNK, self._at)
-            if not data and self.path.stat().st_ino != self._inode:  # a new start took the name
+            if not data and self.path.stat().st_ino != self.inode:  # a new start took the name
                 self.close()
                 return self.read_new()
         except FileNotFoundError:
@@ -70,6 +81,8 @@ class Follower:
             self.trouble = f"cannot read {self.path}: {error.strerror}"
             return []
         self.trouble = ""
+        if (end := data.rfind(b"\n")) >= 0:
+            self.line_start = self._at + end + 1
         self._at += len(data)
         self.more = len(data) == CHUNK
         return self._lines.feed(data)
@@ -78,7 +91,7 @@ class Follower:
         """Begin at the present end; nothing there yet is fine."""
         try:
             self._open()
-            self._at = os.fstat(self._fd).st_size
+            self._at = self.line_start = os.fstat(self._fd).st_size
         except OSError:
             return
 
@@ -101,7 +114,7 @@ class Follower:
         except OSError as error:
             self.trouble = f"cannot rotate {self.path}: {error.strerror}"
             return []
-        self._at, self.trouble = 0, trouble
+        self._at, self.line_start, self.trouble = 0, 0, trouble
         return lines
 
     def rest(self) -> list[Line]:
@@ -116,7 +129,7 @@ class Follower:
 
     def _open(self) -> None:
         self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        self._inode, self._at = os.fstat(self._fd).st_ino, 0
+        self.inode, self._at, self.line_start = os.fstat(self._fd).st_ino, 0, 0
 
 
 def keep_failed(directory: Path, name: str) -> str:

@@ -26,6 +26,15 @@ def tail(path: Path, count: int) -> list[str]:
     return lines[-count:] if count > 0 else []
 
 
+def head(path: Path, size: int) -> list[str]:
+    """The lines of the first `size` bytes; empty when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return split(file.read(size))
+    except OSError:
+        return []
+
+
 def since(path: Path, when: float) -> list[str]:
     """The lines from `when` (seconds since the epoch) on, of at most MOST bytes. A line without a time belongs to the
     one before. vLLM writes local time without a year: the file's own tells it."""

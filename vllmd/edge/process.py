@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllmd.edge.procfs import Member, Table, open_pidfd, read_stat, reap
+from vllmd.edge.procfs import Member, Table, exit_of_stranger, open_pidfd, pid_of, read_stat, reap
 from vllmd.edge.tree import COOKIE
 from vllmd.facts import Launch
 
@@ -78,6 +78,8 @@ class Child:
         self.ended = True
         if self.status is None:
             self.status = reap(self.pidfd, keep=True)
+        if self.status is None:
+            self.status = exit_of_stranger(self.pidfd)
         if self._end is not None and not self._end.done():
             self._end.set_result(self.status)
 
@@ -93,6 +95,8 @@ class Child:
 
     def reap(self) -> None:
         """Free the number of an ended leader. `status` stays known."""
+        if self.pidfd < 0:
+            return
         status = reap(self.pidfd)
         if status is not None:
             self.status, self.ended = status, True
@@ -134,12 +138,21 @@ def spawn(launch: Launch, *, log_fd: int, cwd: Path, cgroup: Path | None = None)
     return Child(stat.member, pidfd, launch.cookie, launch.endpoint, launch.scratch, cgroup)
 
 
-def adopt(pid: int, start: int, launch: Launch, *, cgroup: Path | None = None) -> Child | None:
-    """An engine started by an earlier daemon; None when this very process is gone. Its exit status stays unknown."""
-    stat = read_stat(pid)
-    if stat is None or stat.member.start != start or (pidfd := open_pidfd(stat.member)) is None:
-        return None
-    return Child(stat.member, pidfd, launch.cookie, launch.endpoint, launch.scratch, cgroup)
+def adopt(leader: Member, launch: Launch, *, cgroup: Path | None = None, pidfd: int | None = None) -> Child:
+    """An engine that an earlier daemon started; when its leader is gone, a child that has ended.
+
+    `pidfd`, if given, was opened by that daemon and is taken over (or closed): it is this very process for sure.
+    """
+    fd = pidfd
+    if fd is not None and pid_of(fd) != leader.pid:
+        os.close(fd)
+        fd = None
+    if fd is None:
+        fd = open_pidfd(leader)
+    if fd is None:
+        return Child(leader, -1, launch.cookie, launch.endpoint, launch.scratch, cgroup, ended=True)
+    stat = read_stat(leader.pid)
+    return Child(stat.member if stat else leader, fd, launch.cookie, launch.endpoint, launch.scratch, cgroup)
 
 
 def environment(launch: Launch, own: Mapping[str, str]) -> dict[str, str]:

@@ -8,12 +8,18 @@ Only /proc/PID/stat is read on the event loop. environ, maps and fd need locks o
 as long as its driver does; they are read in threads (vllmd/edge/kill.py).
 """
 
+import fcntl
 import os
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
+
+_PF_EXITING = 0x4  # linux/sched.h
+_PIDFD_INFO_EXIT, _PIDFD_INFO_SIZE = 1 << 3, 64
+_PIDFD_GET_INFO = 3 << 30 | _PIDFD_INFO_SIZE << 16 | 0xFF << 8 | 11  # _IOWR(0xFF, 11, struct pidfd_info)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +33,15 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """One line of /proc/PID/stat, as far as needed. `dead`: nothing but an exit status is left of it."""
+    """One line of /proc/PID/stat, as far as needed. `dead`: nothing but an exit status is left of it. `dying`: dead, or
+    on the way: it has closed its files, or is about to, and runs nothing of its own any more."""
 
     member: Member
     ppid: int
     pgid: int
     session: int
     dead: bool
+    dying: bool = False
 
 
 Table = Mapping[int, Stat]
@@ -47,7 +55,8 @@ def parse_stat(text: str) -> Stat:
     # A leader thread that has ended shows as Z while other threads of the process still run, maybe inside a driver and
     # holding memory: dead means that it is the last one.
     dead = fields[0] in "ZXx" and int(fields[17]) <= 1
-    return Stat(Member(int(pid), name, int(fields[19])), int(fields[1]), int(fields[2]), int(fields[3]), dead)
+    dying = dead or bool(int(fields[6]) & _PF_EXITING)
+    return Stat(Member(int(pid), name, int(fields[19])), int(fields[1]), int(fields[2]), int(fields[3]), dead, dying)
 
 
 def read_stat(pid: int) -> Stat | None:
@@ -96,6 +105,28 @@ def reap(pidfd: int, *, keep: bool = False) -> int | None:
     if result is None:
         return None
     return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+
+
+def exit_of_stranger(pidfd: int) -> int | None:
+    """The exit status of an ended process that is not our child, once its parent has reaped it; None when the kernel does
+    not tell (before Linux 6.15) or not yet. PIDFD_GET_INFO of linux/pidfd.h."""
+    info = bytearray(struct.pack("=Q", _PIDFD_INFO_EXIT).ljust(_PIDFD_INFO_SIZE, b"\0"))
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, info, True)
+    except OSError:
+        return None
+    mask, code = struct.unpack_from("=Q52xi", info)
+    return os.waitstatus_to_exitcode(code) if mask & _PIDFD_INFO_EXIT else None
+
+
+def pid_of(pidfd: int) -> int | None:
+    """Whose pidfd it is; None for a process that is gone or a descriptor of another kind."""
+    try:
+        text = Path(f"/proc/self/fdinfo/{pidfd}").read_text()
+    except OSError:
+        return None
+    found = text.partition("\nPid:\t")[2].partition("\n")[0]
+    return int(found) if found.isdecimal() else None
 
 
 def environ(pid: int) -> Mapping[str, str]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from vllmd.edge.procfs import Member, Stat, Table, alive, environ, open_pidfd, read_stat, read_table, reap, same_user
+from vllmd.edge.procfs import Member, Stat, Table, environ, open_pidfd, read_stat, read_table, reap, same_user
 
 COOKIE = "VLLMD_COOKIE"
 ENGINE_PREFIX = "VLLM::"  # vLLM's VLLM_PROCESS_NAME_PREFIX
@@ -146,13 +146,19 @@ class TreeWatch:
         self.known = frozenset(m for m in self.known if (m.pid, m.start) != key)
         if not is_leader and not self._told and self._counts(last):
             self._told = True
-            # A worker follows its engine within the millisecond: of all that are dead by now the eldest is the cause.
-            others = {m for m in self.known if m.pid != self.leader.pid and self._counts(m) and not alive(m)}
+            # A worker follows its engine within the millisecond, and may be through before it: a killed process closes its
+            # files first. Of all that are dying by now the eldest is the cause.
+            others = {m for m in self.known if m.pid != self.leader.pid and self._counts(m) and _is_dying(m)}
             self._died(min({last} | others, key=lambda m: (m.start, m.pid)))
 
     def _counts(self, member: Member) -> bool:
         """Whether it is a part of the engine, not a passing compiler."""
         return member.name.startswith(ENGINE_PREFIX) or (member.pid, member.start) in self._kin
+
+
+def _is_dying(member: Member) -> bool:
+    stat = read_stat(member.pid)
+    return stat is None or stat.member.start != member.start or stat.dying
 
 
 def _executable(pid: int) -> Path | None:
