@@ -27,7 +27,7 @@ from vllmd.events import (
     Terminate,
 )
 from vllmd.facts import Phase
-from vllmd.spec import Cause
+from vllmd.spec import Cause, Settings
 
 NAMES = ("a", "b", "c", "d")
 name = st.sampled_from(NAMES)
@@ -37,6 +37,10 @@ FATAL = Cause("unknown-flag", "no such flag", "flag", heals=False)
 
 class Life(RuleBasedStateMachine):
     """Four models of random size on one or two GPUs, and everything that may happen to them."""
+
+    def new(self, config: Settings, gpus: dict[str, float]) -> Sim:
+        """The world of this life."""
+        return Sim(config, gpus=gpus)
 
     @initialize(
         sizes=st.lists(st.sampled_from([1.5, 2, 3, 5, 9]), min_size=4, max_size=4),
@@ -49,7 +53,7 @@ class Life(RuleBasedStateMachine):
             n: spec(n, size, kv_cache=GIB // 4 if pin else None, autostart=autostart)
             for n, size, pin in zip(NAMES, sizes, pinned, strict=True)
         }
-        self.sim = Sim(configure(*self.models.values()), gpus=gpus)
+        self.sim = self.new(configure(*self.models.values()), gpus)
         self.shut = False
 
     def known(self, who: str) -> bool:
