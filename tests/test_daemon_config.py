@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.daemon import LIMIT, Vllmd, fake_vllm, vllmd, weights
-from tests.e2e.chat import answers
 from tests.e2e.processes import read
 
 __all__ = ["fake_vllm", "vllmd", "weights"]  # fixtures
@@ -146,23 +145,6 @@ def neighbour() -> Iterator["subprocess.Popen[bytes]"]:
     with subprocess.Popen(["sleep", "600"], env=env, start_new_session=True) as process:
         yield process
         process.kill()
-
-
-@pytest.mark.parametrize("when", ["ready", "starting"])
-def test_leftovers_of_a_killed_daemon_are_swept(vllmd: Vllmd, neighbour: "subprocess.Popen[bytes]", when: str) -> None:
-    """SIGKILL of vllmd: the next one kills what carries its mark, before it starts anything; all others live on."""
-    fake = {"escape": 1} if when == "ready" else {"stall_at": "load", "once": vllmd.folder / "once"}
-    vllmd.model("a", fake, port="auto").start()
-    vllmd.act("start", "a")
-    vllmd.wait("a", when if when == "ready" else lambda m: m["phase"] == "load")
-    old = vllmd.tree()
-    assert len(old) >= 3
-    assert vllmd.stop(signal.SIGKILL) == -signal.SIGKILL
-    assert vllmd.tree() == old  # they outlive it
-    vllmd.start()
-    assert vllmd.tree() == []
-    assert neighbour.poll() is None
-    assert answers(vllmd.up("a")[0])
 
 
 def test_a_pid_that_is_named_in_nothing_is_not_touched(vllmd: Vllmd, neighbour: "subprocess.Popen[bytes]") -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vllmd import __version__
 from vllmd.config.load import ConfigError, find_config, load
+from vllmd.config.paths import is_root, places
 from vllmd.edge.systemd import take, under_systemd, unit_of
 from vllmd.spec import Settings
 
@@ -22,7 +23,8 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="vllmd",
         description="Keeps vLLM models running inside a memory budget. Runs in the foreground; Ctrl-C stops all models.",
-        epilog="Then: vllmctl status. Exit codes: 0 ended as asked, 1 failed, 2 usage, 78 the configuration is wrong.",
+        epilog="Then: vllmctl status. `vllmd sweep` ends what a killed vllmd left (vllmd sweep --help). Exit codes: 0 ended as"
+        " asked, 1 failed, 2 usage, 78 the configuration is wrong.",
     )
     root.add_argument(
         "-c", "--config", type=Path, metavar="FILE", help="configuration (default: /etc/vllmd/vllmd.toml)"
@@ -42,7 +44,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["sweep"]:
+        return sweep(words[1:])
+    args = parser().parse_args(words)
     if args.print_schema:
         from vllmd.config.schema import schema
 
@@ -58,6 +63,27 @@ def main(argv: list[str] | None = None) -> int:
     return serve(path)
 
 
+def sweep_parser() -> argparse.ArgumentParser:
+    """The command line of `vllmd sweep`."""
+    root = argparse.ArgumentParser(
+        prog="vllmd sweep",
+        description="Ends the models of a vllmd that is gone and will not come back. While one runs, or systemd is about"
+        " to start it again, nothing is touched. Run by systemd after each end of vllmd.service.",
+    )
+    root.add_argument("--unit", metavar="NAME", help="the service whose models are meant (default: the one we are in)")
+    root.add_argument("--state-dir", type=Path, metavar="DIR", help="its state directory (default: as vllmd's own)")
+    return root
+
+
+def sweep(words: list[str]) -> int:
+    """Run `vllmd sweep`."""
+    args = sweep_parser().parse_args(words)
+    state_dir = (args.state_dir or places(os.environ, is_root())["state_dir"]).absolute()
+    from vllmd.sweep import run
+
+    return asyncio.run(run(state_dir, args.unit, os.environ))
+
+
 def serve(path: Path) -> int:
     """Be the daemon."""
     faulthandler.enable()  # SIGABRT, as from systemd's watchdog: say where every thread was
@@ -70,6 +96,8 @@ def serve(path: Path) -> int:
         return refuse(error, path, as_json=False)
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    for name in given.closed:
+        print(f"warning: a socket or descriptor named {name!r} came from systemd and is not used", file=sys.stderr)
     from vllmd.daemon import run  # everything that costs time to import, only when it is needed
 
     return asyncio.run(run(settings, path, given, unit))

@@ -85,10 +85,16 @@ class Attempt:
         assert self.child is not None
         self.watch = TreeWatch(self.child.leader, self._member_died)
         self.post(Spawned(self.instance, self.number, self.child.pid, self.child.leader.start))
-        self.shared.notifier.store(self.instance, self.child.pidfd)
+        self._keep_pidfd()
         self._begin(self._leader(), "leader")
         self._begin(self._follow(), "log")
         self._begin(self._until_ready(), "probe")
+
+    def _keep_pidfd(self) -> None:
+        """Have systemd keep it; two under one name would come back in any order."""
+        assert self.child is not None
+        self.shared.notifier.drop(self.instance)
+        self.shared.notifier.store(self.instance, self.child.pidfd)
 
     def adopt(self, command: Adopt, pidfd: int | None) -> None:
         """Take over what an earlier daemon started. A leader that is gone is reported as Broken."""
@@ -104,7 +110,7 @@ class Attempt:
             self._what = "ended while vllmd was away"
             self.post(Broken(self.instance, self.number, self._what))
             return
-        self.shared.notifier.store(self.instance, self.child.pidfd)
+        self._keep_pidfd()
         self.is_ready = command.ready
         self._begin(self._leader(), "leader")
         self._begin(self._follow(), "log")
@@ -116,7 +122,7 @@ class Attempt:
             self._begin(self._until_ready(), "probe")
 
     def _cgroup(self) -> Path | None:
-        return cgroup.make(self.shared.cgroups, self.instance) if self.shared.cgroups else None
+        return cgroup.make(self.shared.cgroups, self.instance, self.spec.memory_max) if self.shared.cgroups else None
 
     def _spawn(self) -> None:
         scratch = Path(self.launch.scratch)

@@ -47,6 +47,7 @@ class ModelSpec:
     environment: str | None = None
     vram: int | Share | None = None
     kv_cache: int | None = None
+    memory_max: int | None = None  # of host memory, for all its processes
     gpus: int | tuple[str, ...] | None = None  # a count, names (index, UUID, "cpu"), or None = auto (one device)
     replicas: tuple[int, int] = (1, 1)
     max_model_len: int | None = None

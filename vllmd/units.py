@@ -76,6 +76,6 @@ def span(seconds: float) -> str:
     return f"{seconds / 86400:.0f} d"
 
 
-def count(number: int, noun: str) -> str:
-    """ "1 model", "3 models"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def count(number: int, noun: str, nouns: str = "") -> str:
+    """ "1 model", "3 models"; `nouns` where an s is not enough."""
+    return f"{number} {noun if number == 1 else nouns or noun + 's'}"

@@ -19,7 +19,7 @@ class Voice:
     def note(self, note: Note) -> None:
         """A note of the core, or of the wiring itself."""
         say = getattr(self.log, note.level)
-        say(note.text, model=note.instance or note.device, kind=note.kind, attempt=note.attempt)
+        say(note.text, model=note.instance, device=note.device, kind=note.kind, attempt=note.attempt)
         self.events.publish(
             "note",
             {

@@ -72,9 +72,15 @@ def unknown(options: Mapping[str, Option], key: str, value: Any) -> Fault:
     """The fault of a key that the table does not have, with the one that was surely meant."""
     if homes := [option.section for option in OPTIONS if option.key == key]:
         return Fault("unknown key", f"it belongs into {header(homes[0])}", (key,))
-    if near := nearest(key, options):
+    near = nearest(key, options)
+    of_model = "model" in options
+    split = of_model and not near and isinstance(value, dict)  # [models.a.b]: perhaps a name that lacks its quotes
+    whole = split and not set(value).isdisjoint(options)
+    if of_model and not whole and (hint := engine.as_key(key, value, near is not None)):
+        return Fault("unknown key", hint, (key,))
+    if near:
         return Fault("unknown key", f"did you mean {near}?", (key,))
-    if isinstance(value, dict) and Section.MODELS in {o.section for o in options.values()}:
+    if split:
         return Fault("unknown key", 'a model\'s name with a dot needs quotes: [models."a.b"]', (key,))
     return Fault("unknown key", "known: " + ", ".join(options), (key,))
 
@@ -131,8 +137,9 @@ OPTIONS: Final = (
     _d("cache_dir", names.PATH, None, "Compiled graphs and kernels, shared by all engines.", restarts=True,
        absent="`$CACHE_DIRECTORY`, or `/var/cache/vllmd`; when not root `$XDG_CACHE_HOME/vllmd` or `~/.cache/vllmd`"),
     _d("log_level", choice("debug", "info", "warning", "error"), "info", "How much vllmd itself says."),
-    _d("log_format", choice("auto", "console", "json"), "auto", restarts=True,
-       doc="How vllmd's own log looks. `auto`: journal fields under systemd, else a console."),
+    _d("log_format", choice("auto", "console", "json", "journal"), "auto", restarts=True,
+       doc="How vllmd's own log looks. `journal`: entries with fields, such as VLLMD_MODEL; a console where there is no "
+           "journal. `auto`: `journal` under systemd, else `console`."),
     _d("log_size", kinds.size(least=64 << 10), "20MiB", "A model's log file is rotated at this size."),
     _d("log_keep", whole(1, 1000), 10, "So many rotated files are kept per model."),
     # -- [http]
@@ -153,6 +160,9 @@ OPTIONS: Final = (
     _m("kv_cache", kinds.SIZE_OR_AUTO, "auto", restarts=True,
        doc="Memory of the KV cache alone, as part of `vram`. `auto`: what is left of `vram`, or enough for one request "
            "of `max_model_len`."),
+    _m("memory_max", kinds.SIZE, None, restarts=True, absent="no limit of its own",
+       doc="Host memory that the engine and all its processes may take, beside the GPU's: beyond it the kernel ends this model "
+           "and no other. Needs systemd with the memory controller."),
     _m("max_model_len", whole(1, 1 << 30), None, restarts=True, absent="the model's own maximum",
        doc="The longest request, prompt and answer, in tokens. The KV cache must hold one such request."),
     _m("gpus", names.GPUS, "auto", restarts=True,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+PREFIX = "model-"
 MOUNT = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
 _DELEGATED = ("user.delegate", "trusted.delegate")  # the second, older one is readable for root alone
@@ -53,18 +54,28 @@ def enter_supervisor(root: Path) -> str:
     return ""
 
 
-def make(root: Path, name: str) -> Path | None:
-    """A directory for one engine, whose processes an out-of-memory kill takes together. None when it cannot be made."""
-    path = root / name.replace("/", "-")
+def make(root: Path, name: str, memory_max: int | None = None) -> Path | None:
+    """A directory for one engine, whose processes an out-of-memory kill takes together; there already is fine. None when
+    it cannot be made. `memory_max` bytes are its limit, where the kernel has the controller for that."""
+    path = root / (PREFIX + name.replace("/", "-"))
     try:
         path.mkdir(exist_ok=True)
     except OSError:
         return None
-    try:
-        (path / "memory.oom.group").write_text("1")
-    except OSError:
-        pass  # no memory controller here
+    for file, value in (("memory.oom.group", "1"), ("memory.max", str(memory_max or "max"))):
+        try:
+            (path / file).write_text(value)
+        except OSError:
+            break  # no memory controller here
     return path
+
+
+def models(root: Path) -> list[Path]:
+    """The directories of engines below a unit's."""
+    try:
+        return sorted(path for path in root.iterdir() if path.name.startswith(PREFIX) and path.is_dir())
+    except OSError:
+        return []
 
 
 def kill(path: Path) -> bool:
