@@ -12,7 +12,6 @@ import pytest
 
 from tests.daemon import Vllmd, fake_vllm, vllmd, weights
 from tests.e2e.chat import answers
-from tests.e2e.processes import read
 
 __all__ = ["fake_vllm", "vllmd", "weights"]  # fixtures
 
@@ -47,7 +46,7 @@ def test_ready_models_are_adopted(vllmd: Vllmd, neighbour: "subprocess.Popen[byt
     vllmd.start()
     assert vllmd.tree() == trees
     for name in "ab":
-        after = vllmd.look(name)
+        after = vllmd.wait(name, "ready")  # the record of the last step may not have been written
         for key in ("pid", "attempt", "reserved", "endpoint", "restarts", "state"):
             assert after[key] == before[name][key], key
         assert after["uptime_s"] >= before[name]["uptime_s"]
@@ -160,14 +159,15 @@ def test_a_record_of_an_older_vllmd_is_understood(vllmd: Vllmd) -> None:
         del whole["record"][key]
     path.write_text(json.dumps(whole | {"record": whole["record"] | {"mood": "fine"}}))
     vllmd.start()
-    assert vllmd.look("a")["pid"] == before["pid"]
-    assert answers(vllmd.look("a"))
+    after = vllmd.wait("a", "ready")
+    assert after["pid"] == before["pid"]
+    assert answers(after)
 
 
 def test_records_of_another_boot_mean_nothing(vllmd: Vllmd) -> None:
     """After a reboot its pid is somebody else's: autostart decides, and nobody is killed."""
-    vllmd.model("a").model("b", autostart=True).start()
-    (before,) = vllmd.up("a")
+    vllmd.model("a", port="auto").model("b", port="auto", autostart=True).start()
+    vllmd.up("a")
     vllmd.wait("b", "ready")
     kill(vllmd)
     for process in vllmd.tree():
@@ -175,8 +175,6 @@ def test_records_of_another_boot_mean_nothing(vllmd: Vllmd) -> None:
     with subprocess.Popen(["sleep", "600"]) as innocent:
         path = vllmd.state_dir / "instances/a.json"
         whole = json.loads(path.read_bytes())
-        stat = read(innocent.pid)
-        assert stat is not None
         whole["record"]["pid"] = innocent.pid
         path.write_text(json.dumps(whole | {"boot": "0f0f0f0f-0000-0000-0000-000000000000"}))
         vllmd.start()
@@ -184,7 +182,6 @@ def test_records_of_another_boot_mean_nothing(vllmd: Vllmd) -> None:
         assert vllmd.look("a")["state"] == "stopped"
         assert innocent.poll() is None
         innocent.kill()
-    assert before["pid"]
 
 
 def test_another_configuration_applies_to_what_is_adopted(vllmd: Vllmd) -> None:
@@ -204,12 +201,12 @@ def test_another_configuration_applies_to_what_is_adopted(vllmd: Vllmd) -> None:
 
 
 def test_killed_at_random_moments_nothing_is_lost_or_doubled(vllmd: Vllmd) -> None:
-    """Ten deaths, the seed is printed; the long tests do more, under systemd."""
+    """Five deaths, the seed is printed; the long tests do more, under systemd."""
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     dice = random.Random(seed)
     vllmd.model("a", autostart=True).model("b", {"start_s": 0.5}, autostart=True).model("c").start()
-    for _ in range(10):
+    for _ in range(5):
         name, verb = dice.choice("abc"), dice.choice(["start", "stop", "restart"])
         vllmd.act(verb, name)
         if dice.random() < 0.7:

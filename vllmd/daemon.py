@@ -49,17 +49,15 @@ from vllmd.events import (
 from vllmd.facts import Inspection
 from vllmd.ground import clear_scratch, prepare
 from vllmd.lookout import Lookout
-from vllmd.record import Record
 from vllmd.saver import Saver
 from vllmd.service import Service
 from vllmd.shared import Shared
 from vllmd.spec import Cause, Settings
-from vllmd.survivors import end_strays, look_back, to_keep
+from vllmd.survivors import look_back, to_keep
 from vllmd.ties import Ties, summary
 from vllmd.voice import Voice
 
 SAVE_AFTER = 0.2  # seconds that changes are collected before they are written
-LOOK_BACK = 10.0  # seconds that reading the records of an earlier daemon may take
 
 
 class Daemon:
@@ -111,14 +109,8 @@ class Daemon:
     async def _prepare(self) -> None:
         spec = self.settings.daemon
         places, cgroups = prepare(spec, self.log)
-        unread: tuple[list[Record], list[str]] = ([], [f"cannot read {self.records.directory}"])
-        records, troubles = await in_thread(self.records.read, LOOK_BACK, unread)
-        left = await look_back(records, self.settings, places.mark)
-        for text in troubles:
-            self.log.error(f"{text}; what it told of is ended and started anew")
-        await end_strays(left.strays, self.log)
-        used = {s.record.launch.scratch for s in left.survivors if s.spawned and s.record.launch}
-        await clear_scratch(places.scratch, used)
+        left = await look_back(self.records, self.settings, places.mark, self.log)
+        await clear_scratch(places.scratch, left.scratch)
         self.core = Core(self.settings, places, self.store.learned())
         self.core.world.good.update(self.store.good())
         journal = find_journal(spec.log_format)
@@ -239,9 +231,7 @@ class Daemon:
             case ReadDevices():
                 self.lookout.soon()
             case Answer():
-                future = self.answers.pop(command.ticket, None)
-                if future is not None and not future.done():
-                    future.set_result(command)
+                self.tasks.start(self._answer(command), f"answer {command.ticket}")
             case Remember() | Keep():
                 self._unsaved.set()
             case Forget():
@@ -262,6 +252,13 @@ class Daemon:
         await self.saver.saved()
         attempt.start()
         self.lookout.soon()
+
+    async def _answer(self, command: Answer) -> None:
+        """What is accepted is on disk: a wish is not lost with the daemon that took it."""
+        await self.saver.saved()
+        future = self.answers.pop(command.ticket, None)
+        if future is not None and not future.done():
+            future.set_result(command)
 
     async def _inspect(self, command: Inspect) -> None:
         inst = self.core.world.instances.get(command.instance)

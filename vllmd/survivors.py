@@ -13,11 +13,13 @@ from vllmd.core.states import State
 from vllmd.edge.journal import Log
 from vllmd.edge.kill import in_thread, kill_members
 from vllmd.edge.procfs import Member, read_stat
+from vllmd.edge.records import Records
 from vllmd.edge.tree import find_marked
 from vllmd.record import Record, Survivor
 from vllmd.service import hide
 from vllmd.spec import ModelSpec, Settings
 
+READ_LIMIT = 10.0  # seconds that reading the records may take
 LOOK_LIMIT = 5.0  # seconds that a look through /proc may take
 Marked = tuple[tuple[Member, str], ...]
 
@@ -30,12 +32,23 @@ class Left:
     pids: Mapping[str, frozenset[int]] = field(default_factory=dict)
     strays: frozenset[Member] = frozenset()
 
+    @property
+    def scratch(self) -> frozenset[str]:
+        """The scratch directories that are in use."""
+        return frozenset(s.record.launch.scratch for s in self.survivors if s.spawned and s.record.launch)
 
-async def look_back(records: Sequence[Record], settings: Settings, mark: str) -> Left:
-    """Match records with processes."""
+
+async def look_back(kept: Records, settings: Settings, mark: str, log: Log) -> Left:
+    """Read the records, match them with processes, end the strays."""
+    unread: tuple[list[Record], list[str]] = ([], [f"cannot read {kept.directory}: it does not answer"])
+    records, troubles = await in_thread(kept.read, READ_LIMIT, unread)
     nothing: Marked = ()
     marked = await in_thread(lambda: find_marked(mark + ":"), LOOK_LIMIT, nothing)
-    return match(records, settings, marked)
+    for text in troubles:
+        log.error(f"{text}; what it told of is ended and started anew")
+    left = match(records, settings, marked)
+    await end_strays(left.strays, log)
+    return left
 
 
 def match(records: Sequence[Record], settings: Settings, marked: Marked) -> Left:

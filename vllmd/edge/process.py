@@ -149,10 +149,12 @@ def adopt(leader: Member, launch: Launch, *, cgroup: Path | None = None, pidfd: 
         fd = None
     if fd is None:
         fd = open_pidfd(leader)
-    if fd is None:
-        return Child(leader, -1, launch.cookie, launch.endpoint, launch.scratch, cgroup, ended=True)
     stat = read_stat(leader.pid)
-    return Child(stat.member if stat else leader, fd, launch.cookie, launch.endpoint, launch.scratch, cgroup)
+    if fd is None or stat is None or stat.dead:
+        if fd is not None:
+            os.close(fd)
+        return Child(leader, -1, launch.cookie, launch.endpoint, launch.scratch, cgroup, ended=True)
+    return Child(stat.member, fd, launch.cookie, launch.endpoint, launch.scratch, cgroup)
 
 
 def environment(launch: Launch, own: Mapping[str, str]) -> dict[str, str]:
