@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +21,13 @@ import pytest
 from tests.e2e.processes import Process, find, shared_memory
 from tests.fake.environment import install
 from tests.fake.make_model import make_model
-from vllmd.ctl.client import Client
-from vllmd.ctl.feed import Feed
+from tests.remote import LIMIT, Model, Remote, Until, table
 from vllmd.places import mark_of
 
-LIMIT = 60.0  # seconds; far above what anything here needs
 ROOT = Path(__file__).parents[1]
-Model = dict[str, Any]
-Until = Callable[[Model], object]
 
 
-def toml(value: Any) -> str:
-    """A value as TOML."""
-    match value:
-        case dict():
-            return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
-        case list():
-            return "[" + ", ".join(map(toml, value)) + "]"
-    return json.dumps(str(value) if isinstance(value, Path) else value)
-
-
-def table(name: str, values: Model) -> str:
-    """A table of a configuration file."""
-    return "\n".join([f"[{name}]", *(f"{key} = {toml(value)}" for key, value in values.items()), ""])
-
-
-class Vllmd:
+class Vllmd(Remote):
     """One state directory and the daemons that run on it, one at a time. The fixture `vllmd` ends and checks it."""
 
     def __init__(self, folder: Path, vllm: Path, weights: Path) -> None:
@@ -178,27 +159,9 @@ class Vllmd:
                 self.process.wait()
             shutil.rmtree(self.runtime, ignore_errors=True)
 
-    # -- look
-
-    @property
-    def client(self) -> Client:
-        return Client(str(self.socket), LIMIT)
-
-    def status(self) -> Model:
-        """As `vllmctl status --json`."""
-        return dict(self.client.get("/api/v1/status"))
-
-    def look(self, name: str) -> Model:
-        """One model of the status."""
-        return next(each for each in self.status()["models"] if each["name"] == name)
-
-    def why(self, name: str) -> Model:
-        """As `vllmctl why --json`."""
-        return dict(self.client.get(f"/api/v1/models/{name}/why"))
-
-    def device(self) -> Model:
-        """The first device of the status."""
-        return dict(self.status()["devices"][0])
+    def story(self) -> str:
+        """What it has logged last."""
+        return "\n" + self.said[-3000:]
 
     def tree(self, name: str = "") -> list[Process]:
         """The live processes of a model, or of all."""
@@ -208,36 +171,6 @@ class Vllmd:
         except OSError:
             pass  # one of them has just ended
         return found
-
-    def last_event(self) -> int:
-        """Where the events stand: `states` looks from there on."""
-        lines = self.client.fetch("GET", "/api/v1/events?follow=0")[1].splitlines()
-        return int(json.loads(lines[-1])["id"]) if lines else 0
-
-    def happened(self, kind: str, after: int = 0) -> list[Model]:
-        """The events of a kind since `after`."""
-        lines = self.client.fetch("GET", f"/api/v1/events?follow=0&after={after}")[1].splitlines()
-        return [event["data"] for event in map(json.loads, lines) if event["event"] == kind]
-
-    def states(self, name: str, after: int = 0) -> list[str]:
-        """The model's state at each change of it since `after`."""
-        mine = [each["state"] for each in self.happened("model", after) if each["name"] == name]
-        return [state for at, state in enumerate(mine) if not at or state != mine[at - 1]]
-
-    # -- act
-
-    def act(self, verb: str, name: str, **body: Any) -> tuple[int, Model]:
-        """POST .../NAME/VERB: HTTP status and the answer (its row, or its error)."""
-        response, raw = self.client.fetch("POST", f"/api/v1/models/{name}/{verb}", body)
-        answer = json.loads(raw)
-        return response.status, answer.get("error", answer)
-
-    def up(self, *names: str) -> list[Model]:
-        """Start them and wait until all are ready."""
-        for name in names:
-            code, answer = self.act("start", name)
-            assert code in (200, 202), answer
-        return [self.wait(name, "ready") for name in names]
 
     def reload(self) -> tuple[int, Model]:
         """Write the configuration and have it read: HTTP status and the answer."""
@@ -253,27 +186,6 @@ class Vllmd:
             capture_output=True, text=True, timeout=LIMIT, check=False,
             env=self._environment() | {"COLUMNS": "200"},
         )  # fmt: skip
-
-    def wait(self, name: str, until: Until | str, limit: float = LIMIT) -> Model:
-        """The model once it is so (a state, or a test of the model); every event is looked at."""
-        test: Until = (lambda m: m["state"] == until) if isinstance(until, str) else until
-        for models in self._pictures(limit):
-            for model in models:
-                if model["name"] == name and test(model):
-                    return model
-        raise AssertionError(f"{name} is still not {until}: {self.look(name)}\n{self.said[-3000:]}")
-
-    def _pictures(self, limit: float) -> Iterator[list[Model]]:
-        """All models at first, then each one as it changes, and all when nothing does; ends at the limit."""
-        feed = Feed(self.client)
-        end = time.monotonic() + limit
-        try:
-            yield feed.picture()["models"]
-            while time.monotonic() < end:
-                changed = [data for kind, data in feed.poll(0.2)[0] if kind == "model"]
-                yield changed or feed.picture()["models"]
-        finally:
-            feed.close()
 
 
 @pytest.fixture(scope="session")
