@@ -115,6 +115,19 @@ def test_values_are_typed(check: Check, tmp_path: Path) -> None:
         ('category = ["OCR"]', 'models.ocr.category[0]: "OCR" is not a category in lower case (try "ocr")'),
         ("max_model_lenght = 1", "models.ocr.max_model_lenght: unknown key (did you mean max_model_len?)"),
         ('listen = ["x"]', "models.ocr.listen: unknown key (it belongs into [http])"),
+        ("gpu_memory_utilization = 0.9", "models.ocr.gpu_memory_utilization: unknown key (vllmd computes it; write vram)"),
+        ("tensor_parallel_size = 2", "models.ocr.tensor_parallel_size: unknown key (write gpus)"),
+        ("tp = 2", "models.ocr.tp: unknown key (write gpus)"),
+        ("max-model-len = 5", "models.ocr.max-model-len: unknown key (write the key max_model_len)"),
+        ("max_num_seqs = 2", "models.ocr.max_num_seqs: unknown key (a flag of vLLM goes into args = { max-num-seqs = 2 })"),
+        ("enforce-eager = true",
+         "models.ocr.enforce-eager: unknown key (a flag of vLLM goes into args = { enforce-eager = true })"),
+        ('dtype = "half"', 'models.ocr.dtype: unknown key (a flag of vLLM goes into args = { dtype = "half" })'),
+        ('kv_cache_dtype = "fp8"',
+         'models.ocr.kv_cache_dtype: unknown key (a flag of vLLM goes into args = { kv-cache-dtype = "fp8" })'),
+        ("limit_mm_per_prompt = { image = 1 }",
+         "models.ocr.limit_mm_per_prompt: unknown key (a flag of vLLM goes into args = { limit-mm-per-prompt = ... })"),
+        ("kv_cache_siz = 1", "models.ocr.kv_cache_siz: unknown key (did you mean kv_cache?)"),
         ('restart = { backof = "1s" }', "models.ocr.restart.backof: unknown key (did you mean backoff?)"),
         ('restart = { backoff = "400s" }',
          "models.ocr.restart: backoff is longer than backoff_max (lower backoff or raise backoff_max)"),
@@ -135,7 +148,9 @@ def test_values_are_typed(check: Check, tmp_path: Path) -> None:
          "models.ocr.args.--enforce_eager: flags are written without dashes in front (try enforce-eager)"),
         ("args = { -tp = 2 }", "models.ocr.args.-tp: --tensor-parallel-size is set by vllmd (write gpus)"),
         ("args = { enforce-eager = true, enforce_eager = true }",
-         "models.ocr.args.enforce_eager: --enforce-eager stands here twice (once with dashes, once with underscores)"),
+         "models.ocr.args.enforce_eager: --enforce-eager stands here twice (as enforce-eager and as enforce_eager)"),
+        ("args = { no-enforce-eager = true, enforce-eager = true }",
+         "models.ocr.args.enforce-eager: --enforce-eager stands here twice (as no-enforce-eager and as enforce-eager)"),
         ('args = { chat-template = ["a", "--host"] }',
          'models.ocr.args.chat-template[1]: "--host" would be read as a flag, not as a value'),
         ("args = { x = 1979-05-27 }",
@@ -160,6 +175,23 @@ def test_a_mistake_in_a_model_is_told_with_place_and_way_out(
         ("daemon = 3", ["1: daemon: 3 is not a table (open it with [daemon])"]),
         ("models = [1]", ["1: models: an array is not a table (open one with [models.NAME])"]),
         ("[modles.a]", ["1: modles: unknown table (did you mean [models]?)"]),
+        ('[deamon]\nlog_levle = "info"\nlog_keep = 0', [
+            "1: deamon: unknown table (did you mean [daemon]?)",
+            "2: deamon.log_levle: unknown key (did you mean log_level?)",
+            "3: deamon.log_keep: out of range: must be from 1 to 1000"]),
+        ('[modles.A]\nvrma = "1GiB"\nport = 80', [
+            "1: modles: unknown table (did you mean [models]?)",
+            '1: modles.A: "A" is not a model\'s name '
+            '(lower-case letters, digits, ., _ and -, at most 63, the first a letter or digit; try "a")',
+            "2: modles.A.vrma: unknown key (did you mean vram?)",
+            "3: modles.A.port: out of range: must be from 1024 to 65535"]),
+        ('[defalts]\nvrma = 1', [
+            "1: defalts: unknown table (did you mean [defaults]?)", "2: defalts.vrma: unknown key (did you mean vram?)"]),
+        ('[models.a]\nmodel = "a/b"\ncategory = ["ocr", "OCR", "ocr"]', [
+            '3: models.a.category[1]: "OCR" is not a category in lower case (try "ocr")',
+            '3: models.a.category[2]: "ocr" stands here twice']),
+        ('[models.gpt.oss_20b]\nmodel = "a/b"', [
+            "1: models.gpt.oss_20b: unknown key (a model's name with a dot needs quotes: [models.\"a.b\"])"]),
         ("listen = []", ["1: listen: unknown key (it belongs into [http])"]),
         ("[models.a]", ['1: models.a: needs the key model (model = "owner/name" or a path)']),
         ('[models.a]\nmodel = "a b"', [
@@ -207,6 +239,19 @@ def test_a_file_that_cannot_be_read_is_a_problem_like_any_other(tmp_path: Path) 
     assert told(lambda: load(tmp_path, env={}), tmp_path.parent)[0].endswith(": cannot be read: Is a directory")
 
 
+@pytest.mark.parametrize(("root", "where"), [(True, "it"), (False, "/home/ada/.config/vllmd/vllmd.toml")])
+def test_a_default_file_that_is_missing_says_where_it_may_be(root: bool, where: str) -> None:
+    """And what to begin with; a file that was named is just not there."""
+    env = {"HOME": "/home/ada"}
+    path = find_config(env, root=root)
+    if path.exists():
+        pytest.skip("a vllmd of the machine is there")
+    (problem,) = told(lambda: load(path, root=root, env=env), Path("/"))
+    assert (
+        f"(write {where}, or name a file with --config; etc/vllmd.toml of the source is a commented example)" in problem
+    )
+
+
 def test_a_key_without_effect_is_a_warning_where_it_differs_from_its_default(check: Check, tmp_path: Path) -> None:
     """What waits for a later version is checked, typed, and said to do nothing yet."""
     settings = check(MODEL + 'ttl = "15m"\npinned = false\nreplicas = 2\nswap = "stop"\n')
@@ -237,6 +282,28 @@ def test_drop_ins_merge_in_name_order(check: Check, tmp_path: Path) -> None:
     assert list(settings.models) == ["ocr", "b"]
     folder = tmp_path / "vllmd.toml.d"
     assert settings.files == (tmp_path / "vllmd.toml", folder / "10.toml", folder / "20.toml")
+
+
+@pytest.mark.parametrize(
+    ("base", "above", "args"),
+    [
+        ("max_num_seqs = 1, seed = 3", "max-num-seqs = 2", {"seed": 3, "max-num-seqs": 2}),
+        ("max-num-seqs = 1", "max_num_seqs = 2", {"max-num-seqs": 2}),
+        ("enforce-eager = true", "no-enforce-eager = true", {"enforce-eager": False}),
+        ("no_enforce_eager = true", "enforce-eager = true", {"enforce-eager": True}),
+        ("hf-overrides = { a_b = 1 }", "hf_overrides = { c = 2 }", {"hf-overrides": {"c": 2}}),
+    ],
+)
+def test_a_drop_in_overrides_a_flag_however_it_is_spelt(
+    check: Check, base: str, above: str, args: dict[str, Any]
+) -> None:
+    """In a model and in [defaults], and a model those of [defaults]."""
+    for table in ("models.ocr", "defaults"):
+        drop_ins = {"1.toml": f"[{table}]\nargs = {{ {above} }}"}
+        settings = check(f"{MODEL}[{table}.args]\n{base.replace(', ', chr(10))}", drop_ins=drop_ins)
+        assert dict(settings.models["ocr"].args) == args
+    settings = check(f"{MODEL}args = {{ {above} }}\n[defaults]\nargs = {{ {base} }}")
+    assert dict(settings.models["ocr"].args) == args
 
 
 def test_a_problem_is_located_in_the_file_that_it_stands_in(check: Check, tmp_path: Path) -> None:
@@ -321,7 +388,7 @@ def test_substitutions_are_filled_in_and_those_of_env_are_secrets(check: Check, 
         ('env = { A = "${credential:../x}" }', 'env.A: "${credential:../x}": not the name of a credential'),
         ('env = { A = "${credential:none}" }',
          'env.A: "${credential:none}": cannot be read: No such file or directory '
-         "(LoadCredential=none:/path in vllmd.service)"),
+         "(a file none in /etc/vllmd/credentials, or LoadCredential=none:/path in vllmd.service)"),
         ('args = { revision = "${env:SECRET}" }',
          "args.revision: a substitution would show in the process list (write it into env, or as it is)"),
         ('vram = "${env:SECRET}"', 'vram: "${env:SECRET}" does not become a size (such as "9GiB")'),

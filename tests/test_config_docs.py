@@ -11,10 +11,11 @@ import tomli
 
 from tests.fake.flags import known
 from vllmd.config.engine import OWNED_FLAGS, flag_name
-from vllmd.config.kinds import Bad
+from vllmd.config.kinds import Bad, Place
 from vllmd.config.load import load
 from vllmd.config.manual import page
 from vllmd.config.options import OPTIONS, SECTIONS, Option, Section, default_of
+from vllmd.config.paths import complete
 from vllmd.config.schema import schema
 from vllmd.spec import DaemonSpec, DeviceRule, HttpSpec, ModelSpec, RestartRule
 from vllmd.units import MIB
@@ -68,26 +69,75 @@ def test_the_shipped_file_loads_without_problems_or_warnings() -> None:
         assert {"dots-ocr", "qwen3-vl-2b", "qwen3-8b"} <= set(settings.models)
 
 
+#: A key or a header that is commented out; prose is none, and a line of it begins with more than one space or a word.
+COMMENTED = re.compile(r"^# (\w+ = .+|\[[^]]+\])$", re.M)
+
+
+def head() -> str:
+    """The shipped file down to its models."""
+    return EXAMPLE.read_text().partition("# ------")[0]
+
+
 def test_the_shipped_file_names_every_key() -> None:
-    """Set, or commented out with its default."""
+    """Set, or commented out with its default, or with an example that says so."""
     text = EXAMPLE.read_text()
     for option in OPTIONS:
         if option.section is not Section.RESTART:
             assert re.search(rf"^(# )?{option.key} = ", text, re.M), option.key
-    commented = re.findall(r"^# (\w+) = (.+?)(?:\s+#.*)?$", text.partition("# ------")[0], re.M)
-    for key, value in commented:
+    commented = re.findall(r"^# (\w+) = (.+?)(?:\s+# (.*))?$", head(), re.M)
+    assert len(commented) > 30
+    for key, value, note in commented:
         option = next(o for o in OPTIONS if o.key == key)
-        if option.default is not None and key != "restart":
-            assert (key, tomli.loads(f"x = {value}")["x"]) == (key, option.default)
+        written = tomli.loads(f"x = {value}")["x"]
+        place = Place(ROOT, ROOT)
+        if key in ("socket", "state_dir", "runtime_dir", "log_dir", "cache_dir"):
+            assert (key, str(complete({}, {}, True)[key])) == (key, written)
+        elif key == "restart":
+            assert written == {each.key: each.default for each in SECTIONS[Section.RESTART].values()}
+        elif note.startswith("example: "):
+            assert option.default is None and option.kind.read(written, place) is not None, key
+        else:
+            assert (key, written) == (key, option.default)
 
 
-def test_what_the_shipped_file_starts_fits_a_card_of_12_gb() -> None:
-    """12,227 MiB less the reserve of 512; and each other model fits there alone."""
+def test_the_shipped_file_is_valid_with_everything_uncommented() -> None:
+    """Every key at once, and the models that are commented out: no problem, and no warning but that of no effect."""
+    text, count = COMMENTED.subn(r"\1", EXAMPLE.read_text())
+    assert count > 40
+    settings = load(EXAMPLE, root=True, env={"CREDENTIALS_DIRECTORY": "/none"}, content=text.encode())
+    assert [warning for warning in settings.warnings if "no effect in this version" not in warning] == []
+    assert {"got-ocr", "qwen25-vl-7b-bf16", "qwen3-8b-bf16"} <= set(settings.models)
+    assert sum(model.autostart for model in settings.models.values()) == 2
+
+
+def test_nothing_of_the_shipped_file_starts_by_itself() -> None:
+    """A fresh install on a machine without models or vLLM shows no failures."""
+    assert not any(model.autostart for model in load(EXAMPLE, root=True, env={}).models.values())
+
+
+def test_the_models_of_the_shipped_file_fit_a_card_of_12_gb() -> None:
+    """12,227 MiB less the reserve of 512: each alone, and those two together that can be started with vllmd."""
     models = load(EXAMPLE, root=True, env={}).models.values()
     budget = (12_227 - 512) * MIB
     assert all(isinstance(model.vram, int) and model.vram <= budget for model in models)
-    assert sum(model.vram for model in models if model.autostart and isinstance(model.vram, int)) <= budget
-    assert sum(model.autostart for model in models) == 2
+    uncommented = COMMENTED.sub(r"\1", EXAMPLE.read_text())
+    started = [m for m in load(EXAMPLE, content=uncommented.encode(), env={}).models.values() if m.autostart]
+    assert len(started) == 2 and sum(m.vram for m in started if isinstance(m.vram, int)) <= budget
+
+
+def test_the_sums_in_the_shipped_file_add_up() -> None:
+    """Parts to vram, models to the total, and that into the budget."""
+    text = EXAMPLE.read_text()
+    models = load(EXAMPLE, root=True, env={}).models
+    rows = re.findall(r"^#     (\S+) +(.+?) += +(\d+) MiB", text, re.M)
+    assert len(rows) == 2
+    for name, parts, total in rows:
+        assert sum(map(int, re.findall(r"\d+", parts))) == int(total)
+        assert models[name].vram == int(total) * MIB
+    together, budget = (
+        int(each.replace(",", "")) for each in re.findall(r"together ([\d,]+) of ([\d,]+) MiB", text)[0]
+    )
+    assert together == sum(int(total) for _, _, total in rows) <= budget == 12_227 - 512
 
 
 def test_the_schema_is_valid_and_takes_the_shipped_file() -> None:

@@ -12,6 +12,12 @@ from vllmd.edge.backend import Verb
 from vllmd.events import Answer
 
 
+@pytest.fixture(autouse=True)
+def locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs are drawn as in most terminals, whatever this one has."""
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+
+
 async def ctl(front: Front, *argv: str) -> int:
     return await asyncio.to_thread(main, [*argv, "--socket", str(front.path)])
 
@@ -26,7 +32,16 @@ async def ctl(front: Front, *argv: str) -> int:
         (["why", "alpha"], 0, "alpha"),
         (["why", "alpa"], 4, 'did you mean "alpha"?'),
         (["start", "alpa"], 4, 'did you mean "alpha"?'),
+        (
+            ["start", "alpa", "bigg", "big"],
+            4,
+            'no model is called "alpa" or "bigg"\n  did you mean "alpha" and "big"?\n',
+        ),
+        (["plan", "alp", "nothing"], 4, 'no model is called "alp" or "nothing"\n  did you mean "alpha"?\n'),
+        (["stop", "ALPHA"], 4, 'did you mean "alpha"?'),
+        (["stop", "gig"], 4, 'no model is called "gig"\n  configured: alpha, big, b.e-t_a\n'),
         (["start", "--category", "ocrr"], 4, "ocr"),
+        (["validate", "/etc/vllmd.toml"], 78, ""),
         (["logs", "-n", "3", "--since", "1h", "--failed", "alpha"], 0, "one"),
         (["logs", "--previous", "alpha"], 1, "no earlier log"),
         (["start", "alpha"], 0, "alpha ready after"),

@@ -1,14 +1,19 @@
 """The client over a real socket: what it says when there is no vllmd, and when what answers is not one."""
 
+import grp
 import os
 import socket
+import stat
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.ctl_daemon import STREAM, Daemon, answer, chunk, event
-from vllmd.ctl.client import Client, choose_socket
+from vllmd.config.paths import complete
+from vllmd.ctl.client import Client, choose_socket, explain, places
 from vllmd.ctl.faults import Garbled, Refused, Unreachable
 
 STATUS = "GET /api/v1/status"
@@ -108,30 +113,128 @@ def test_a_path_too_long_for_a_socket_is_said(tmp_path: Path) -> None:
         Client(str(tmp_path / ("x" * 200))).get("/")
 
 
-def test_permission_denied_names_owner_and_group(tmp_path: Path) -> None:
+def test_who_runs_it_by_hand_is_told_how_too(tmp_path: Path) -> None:
+    """Not everybody has a unit for it."""
+    with pytest.raises(Unreachable) as caught:
+        Client(str(tmp_path / "none.sock")).get("/")
+    assert "vllmd --config FILE, if you run it by hand" in caught.value.hints
+
+
+def denied(monkeypatch: pytest.MonkeyPatch, gid: int, mode: int = 0o660, groups: tuple[int, ...] = ()) -> Unreachable:
+    """What is said to somebody in `groups` about a socket of root and the group `gid`."""
+    info = os.stat_result((stat.S_IFSOCK | mode, 0, 0, 1, 0, gid, 0, 0, 0, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.stat", lambda _: info)
+        patch.setattr("os.getegid", lambda: 1000)
+        patch.setattr("os.getgroups", lambda: list(groups))
+        return explain("/run/vllmd.sock", PermissionError(13, "Permission denied"))
+
+
+def test_permission_denied_names_the_sockets_own_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who may not connect learns who may, and how to become one."""
-    from vllmd.ctl.client import explain
-
-    with Daemon(tmp_path) as daemon:
-        daemon.path.chmod(0o660)
-        fault = explain(str(daemon.path), PermissionError(13, "Permission denied"))
-    assert "mode 0660" in fault.message and "owner" in fault.message
-    assert any("usermod -aG vllmd" in hint for hint in fault.hints)
+    name = grp.getgrgid(12).gr_name
+    fault = denied(monkeypatch, gid=12)
+    assert f"permission denied (owner root, group {name}, mode 0660)" in fault.message
+    assert fault.hints == [f"sudo usermod -aG {name} $USER, then log in again", "or run it with sudo"]
 
 
-@pytest.mark.skipif(os.path.exists("/run/vllmd.sock"), reason="a vllmd of the machine is there")  # noqa: PTH110
-def test_the_socket_is_the_named_one_or_the_one_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--socket, VLLMD_SOCKET, the system's, the user's own if only that is there."""
+@pytest.mark.parametrize(("gid", "mode", "groups"), [(0, 0o660, ()), (12, 0o600, ()), (12, 0o660, (12,))])
+def test_permission_denied_proposes_no_group_that_would_not_help(
+    monkeypatch: pytest.MonkeyPatch, gid: int, mode: int, groups: tuple[int, ...]
+) -> None:
+    """Not root's, not one without the right to write, not one's own."""
+    assert denied(monkeypatch, gid, mode, groups).hints == ["run it with sudo"]
+
+
+ENVIRONMENTS: list[dict[str, str]] = [
+    {}, {"XDG_RUNTIME_DIR": "/run/user/7"}, {"TMPDIR": "/foo"}, {"TEMP": "/bar"}, {"XDG_RUNTIME_DIR": "relative"},
+    {"XDG_RUNTIME_DIR": "/run/user/7", "TMPDIR": "/foo"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("uid", [0, 1000])
+@pytest.mark.parametrize("env", ENVIRONMENTS, ids=str)
+def test_vllmctl_looks_where_vllmd_would_listen(env: dict[str, str], uid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every user and environment the daemon's default is among the places, and the system's is the first."""
+    for name in ("XDG_RUNTIME_DIR", "TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.geteuid", lambda: uid)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: env.get("TEMP", "/tmp"))
+    found = places()
+    assert found[0] == "/run/vllmd.sock"
+    assert str(complete({}, env, root=uid == 0)["socket"]) in found
+
+
+def bind(path: Path) -> str:
+    """A socket file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    return str(path)
+
+
+@pytest.fixture
+def user(short: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nobody in particular, with directories of their own; the folder holds them."""
     monkeypatch.delenv("VLLMD_SOCKET", raising=False)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert choose_socket(None) == "/run/vllmd.sock"
-    own = tmp_path / "vllmd" / "vllmd.sock"
-    own.parent.mkdir()
-    own.touch()
-    assert choose_socket(None) == str(own)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short / "run"))
+    monkeypatch.setenv("TMPDIR", str(short / "tmp"))
+    monkeypatch.setattr("vllmd.ctl.client.SYSTEM", str(short / "system.sock"))
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() or 1000)
+    uid = os.geteuid()
+    monkeypatch.setattr("vllmd.ctl.client._is_ours", lambda path: Path(path).exists())
+    (short / "tmp" / f"vllmd-{uid}").mkdir(parents=True)
+    return short
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder with a path that is short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="vc-") as folder:
+        yield Path(folder)
+
+
+def test_the_socket_is_the_named_one_or_the_first_that_is_there(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--socket, VLLMD_SOCKET, the system's, then the user's own ones; the system's where there is none."""
+    assert choose_socket(None) == str(user / "system.sock")
+    temporary = bind(user / "tmp" / f"vllmd-{os.geteuid()}" / "vllmd.sock")
+    assert choose_socket(None) == temporary
+    runtime = bind(user / "run" / "vllmd" / "vllmd.sock")
+    assert choose_socket(None) == runtime
+    system = bind(user / "system.sock")
+    assert choose_socket(None) == system
     monkeypatch.setenv("VLLMD_SOCKET", "/x")
     assert choose_socket(None) == "/x"
     assert choose_socket("/y") == "/y"
+
+
+def test_a_socket_that_we_may_not_use_gives_way_to_our_own(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's vllmd may be there for others; where there is no other socket it is the one to complain about."""
+    system = bind(user / "system.sock")
+    monkeypatch.setattr("os.access", lambda path, _: path != system)
+    assert choose_socket(None) == system
+    own = bind(user / "run" / "vllmd" / "vllmd.sock")
+    assert choose_socket(None) == own
+
+
+def test_a_strangers_socket_in_a_directory_for_all_is_not_used(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody can make /tmp/vllmd-1000."""
+    monkeypatch.delenv("VLLMD_SOCKET", raising=False)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(short))
+    monkeypatch.setattr("vllmd.ctl.client.SYSTEM", str(short / "system.sock"))
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 4711)
+    bind(short / f"vllmd-{os.geteuid()}" / "vllmd.sock")
+    assert choose_socket(None) == str(short / "system.sock")
+
+
+def test_where_there_is_no_socket_all_places_are_named(user: Path) -> None:
+    """So that nobody has to guess where vllmctl has looked."""
+    with pytest.raises(Unreachable) as caught:
+        Client(choose_socket(None)).get("/")
+    assert f"no such file (nor {user}/run/vllmd/vllmd.sock, " in caught.value.message
 
 
 def test_a_stream_gives_events_until_its_end(tmp_path: Path) -> None:

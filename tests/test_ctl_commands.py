@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,12 @@ def accepted(*names: str) -> tuple[int, dict[str, Any]]:
 
 def ctl(daemon: Daemon, *argv: str) -> int:
     return main([*argv, "--socket", str(daemon.path)])
+
+
+@pytest.fixture(autouse=True)
+def locale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs are drawn as in most terminals, whatever this one has."""
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
 
 
 @pytest.fixture
@@ -199,6 +206,90 @@ def test_different_ends_are_code_1(daemon: Daemon) -> None:
     assert daemon.asked[0][1] == {"models": [], "all": False, "category": "ocr"}
 
 
+def test_a_question_is_not_a_thing_to_try(daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """A hint that asks or lists stands by itself; a command is to be tried."""
+    for hint, shown in (
+        ('did you mean "dots-ocr"?', '  did you mean "dots-ocr"?\n'), ("configured: a, b", "  configured: a, b\n"),
+        ("vllmctl start a", "  try: vllmctl start a\n"), ("try again", "  try again\n"),
+    ):  # fmt: skip
+        error = {"message": "no", "code": "unknown-model", "hint": hint, "remedies": []}
+        daemon.routes["POST /api/v1/start"] = (404, {"error": error})
+        assert ctl(daemon, "start", "dots") == 4
+        assert capsys.readouterr().err == f"vllmctl: no\n{shown}"
+
+
+def test_a_wild_guess_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """A word that is like a command by chance."""
+    assert main(["stall"]) == 2
+    assert capsys.readouterr().err == 'vllmctl: cannot run: no command "stall"\n  try: vllmctl --help\n'
+
+
+@pytest.mark.parametrize("verb", ["start", "stop", "restart"])
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [(["--category", "vlm", "-a"], "--category and --all"), (["m", "--all"], "names and --all"),
+     (["m", "-c", "ocr"], "names and --category"), (["m", "-c", "ocr", "-a"], "names and --category and --all")],
+)  # fmt: skip
+def test_whom_it_means_is_said_in_one_way(
+    daemon: Daemon, capsys: pytest.CaptureFixture[str], verb: str, given: list[str], named: str
+) -> None:
+    """Else one of the two is surely a slip, and --all is the more costly one."""
+    assert ctl(daemon, verb, *given) == 2
+    assert f"cannot {verb}: {named} exclude each other" in capsys.readouterr().err
+    assert daemon.asked == []
+
+
+def test_a_start_of_what_is_starting_is_waited_for(daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """vllmd accepts it (202), whoever has begun it; its time counts from its beginning."""
+    daemon.status = status([model("m", "starting", elapsed_s=30.0)], [])
+    row = {"model": "m", "status": 202, "message": "m is starting already", "kind": "", "remedies": [], "data": {}}
+    daemon.routes["POST /api/v1/start"] = (202, {"results": [row]})
+    later(daemon, up("m"))
+    assert ctl(daemon, "start", "m") == 0
+    assert re.match(r"m ready after 3\d s", capsys.readouterr().out)
+
+
+def test_a_message_that_names_the_model_does_not_get_its_name_again(
+    daemon: Daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever way vllmd says it."""
+    for message in ("m is ready already", "m: is ready already"):
+        daemon.routes["POST /api/v1/start"] = {"results": [{"model": "m", "status": 200, "message": message}]}
+        assert ctl(daemon, "start", "m") == 0
+        assert capsys.readouterr().out == f"{message}\n"
+
+
+def test_the_end_of_vllmd_is_named_as_the_reason(daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not somebody's wish; and nothing is waited for after the result."""
+    for closing in (True, None):
+        daemon.status = status([model("m", "starting")], [])
+        daemon.routes["POST /api/v1/start"] = accepted("m")
+        ends = status([model("m", "stopped")], [])
+        ends["daemon"]["closing"] = closing
+        daemon.routes["GET /api/v1/status"] = ends
+
+        def end(closing: bool | None = closing) -> None:
+            assert daemon.streams.acquire(timeout=LIMIT)
+            stopped = event("model", model("m", "stopped"))
+            # with its end in the same breath, or with the model's end before vllmd's
+            daemon.feed.put(stopped if closing else stopped + event("bye", {}))
+            daemon.feed.put(None)
+
+        threading.Thread(target=end, daemon=True).start()
+        assert ctl(daemon, "start", "m") == 1
+        said = capsys.readouterr().err
+        assert "vllmctl: cannot start m: vllmd has ended\n" in said and "come back" not in said
+
+
+def test_a_model_that_somebody_stops_is_told_so(daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """While vllmd goes on."""
+    daemon.status = status([model("m", "starting")], [])
+    daemon.routes |= {"POST /api/v1/start": accepted("m"), "GET /api/v1/status": status([model("m")], [])}
+    later(daemon, model("m", "stopped"))
+    assert ctl(daemon, "start", "m") == 1
+    assert "cannot start m: it is stopped, by somebody else's wish" in capsys.readouterr().err
+
+
 def test_what_is_up_already_is_no_failure(daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
     """200: nothing to do, nothing to wait for."""
     row = {"model": "m", "status": 200, "message": "is ready already"}
@@ -248,7 +339,7 @@ def test_waiting_survives_a_restart_of_vllmd(daemon: Daemon, capsys: pytest.Capt
     threading.Thread(target=restart, daemon=True).start()
     assert ctl(daemon, "start", "m") == 0
     said = capsys.readouterr()
-    assert "m ready" in said.out and "vllmd is away" in said.err
+    assert "m ready" in said.out and "vllmd has ended; waiting for it to come back" in said.err
 
 
 def test_json_of_a_start_is_its_outcomes(daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,6 +397,12 @@ def test_events_are_sentences_or_json(daemon: Daemon, capsys: pytest.CaptureFixt
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0].endswith("error: m: starting → failed") and lines[1].endswith("vllmd ends")
     assert daemon.asked[0][0] == EVENTS + "?after=6"
+    daemon.routes[EVENTS] = STREAM + event("lost", {"after": 1}) + event("lost", {"after": 9}) + event("bye", {})
+    assert ctl(daemon, "events", "--since-id", "1") == 0
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert first.endswith("vllmd does not remember event 1 (too old, or of an earlier run): on from now")
+    assert second.endswith("some events were lost: this reader is too slow")
+    daemon.routes[EVENTS] = raw
     assert ctl(daemon, "events", "--json") == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["id"], row["event"]) for row in rows] == [("7", "model"), ("8", "note"), ("8", "bye")]
@@ -336,6 +433,61 @@ def test_show_spells_a_command_line_to_be_pasted(daemon: Daemon, capsys: pytest.
     daemon.routes["GET /api/v1/models/m"] = shown
     assert ctl(daemon, "show", "m") == 0
     assert capsys.readouterr().out == "name: m\nargv: vllm serve 'a b'\nneed: 5.0 GiB\nsince: 90 s\nenv:\n  A: 1\n"
+
+
+def test_show_spells_settings_as_one_would_write_them(daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """Durations with their unit and nothing rounded away, ranges as ranges; a rate is no time."""
+    spec = {
+        "replicas": [1, 1], "start_stall": 180.0, "hang_after": 90.0, "ttl": 5400.0, "drain": 0.0, "port": 0,
+        "vram": {"part": 0.5}, "restart": {"backoff": 1.0, "backoff_max": 0.25, "max_failures": 5, "window": 86400.0},
+    }  # fmt: skip
+    learned = {"base": GIB, "phases": {"import": 15.5}, "total": 61.0}
+    daemon.routes["GET /api/v1/models/m"] = {"tokens_per_s": 412.5, "spec": spec, "learned": learned}
+    assert ctl(daemon, "show", "m") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "tokens_per_s: 412.5", "spec:", "  replicas: 1", "  start_stall: 3 min", "  hang_after: 90 s", "  ttl: 90 min",
+        "  drain: 0 s", "  port: auto", "  vram: 50 % of the budget", "  restart:", "    backoff: 1 s",
+        "    backoff_max: 250 ms", "    max_failures: 5", "    window: 1 d", "learned:", "  base: 1.0 GiB", "  phases:",
+        "    import: 15.5 s", "  total: 61 s",
+    ]  # fmt: skip
+    daemon.routes["GET /api/v1/models/m"] = {"spec": {"replicas": [0, 2], "port": 8000}}
+    assert ctl(daemon, "show", "m") == 0
+    assert capsys.readouterr().out == "spec:\n  replicas: 0 to 2\n  port: 8000\n"
+
+
+def test_a_plan_of_all_has_a_cross_only_for_what_can_never_run(
+    daemon: Daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The sentence that says how to read it comes first; what fits alone says so, and with whom it would."""
+    base = {"devices": [], "flags": [], "parts": [], "text": "", "need": None, "fits": False, "alone": False}
+    fits = base | {"fits": True, "alone": True, "devices": ["GPU 0"]}
+    rows = [
+        fits | {"model": "a", "need": 5 * GIB, "beside": ["b"]},
+        fits | {"model": "b", "need": 4 * GIB, "beside": ["a"], "fits_now": False},
+        fits | {"model": "c", "need": 9 * GIB, "beside": []},
+        base | {"model": "d", "text": "cannot start d: /none does not exist", "beside": []},
+    ]
+    daemon.routes["GET /api/v1/plan"] = {"models": rows, "text": "4 models, each for itself"}
+    assert ctl(daemon, "plan") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "4 models, each for itself",
+        "● a fits on GPU 0: 5.0 GiB (estimated)",
+        "    beside: b",
+        "● b fits on GPU 0: 4.0 GiB (estimated), but not beside what runs now",
+        "    beside: a",
+        "○ c fits alone on GPU 0: 9.0 GiB (estimated)",
+        "× d: /none does not exist",
+    ]
+    daemon.routes["POST /api/v1/plan"] = {"models": [rows[2]]}
+    assert ctl(daemon, "plan", "c") == 0
+    assert capsys.readouterr().out == "● c fits on GPU 0: 9.0 GiB (estimated)\n"
+    daemon.routes["POST /api/v1/plan"] = {"models": [rows[2], rows[2]]}
+    assert ctl(daemon, "plan", "c", "c") == 0
+    assert "○" not in capsys.readouterr().out
+    left_out = base | {"model": "e", "need": GIB, "alone": True, "text": "cannot start e: needs 1.0 GiB; it fits alone"}
+    daemon.routes["POST /api/v1/plan"] = {"models": [rows[0], left_out]}
+    assert ctl(daemon, "plan", "a", "e") == 5
+    assert capsys.readouterr().out.endswith("○ e: needs 1.0 GiB; it fits alone\n")
 
 
 def test_a_plan_that_does_not_fit_is_code_5(daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
@@ -396,7 +548,140 @@ def test_reload_says_what_happens_to_whom(daemon: Daemon, capsys: pytest.Capture
     }
     daemon.routes["POST /api/v1/reload"] = answer
     assert ctl(daemon, "reload") == 0
-    assert capsys.readouterr().out == "reloaded\n  chat: restart (vram)\n  1 models unchanged\n  live: log_level\n"
+    said = "  chat: restarts (vram)\n  1 model unchanged\n  changes live: log_level\n"
+    assert capsys.readouterr().out == f"reloaded\n{said}"
+    answer["message"] = "nothing was changed"
+    assert ctl(daemon, "reload", "--dry-run") == 0
+    assert capsys.readouterr().out == f"would do:\n{said}"
+    answer["data"] = {
+        "models": {"ocr": "live (restart)", "a": "add", "b": "remove", "c": "restart (vram, args)", "d": "live"},
+        "warnings": ["/x.toml:3: odd", "/x.toml:4: odder"],
+    }
+    assert ctl(daemon, "reload", "--dry-run") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "would do:", "  ocr: changes live: restart", "  a: is added", "  b: is removed", "  c: restarts (vram, args)",
+        "  d: changes live", "  warning: /x.toml:3: odd", "  warning: /x.toml:4: odder",
+    ]  # fmt: skip
+    answer["data"] = {"models": {"a": "unchanged", "b": "unchanged"}, "warnings": ["/x.toml:3: odd"]}
+    assert ctl(daemon, "reload", "--dry-run") == 0
+    assert capsys.readouterr().out == "would change nothing\n  2 models unchanged\n  warning: /x.toml:3: odd\n"
+
+
+# -- validate ----------------------------------------------------------------------------------------------------------
+
+CONFIG = '[models.a]\nmodel = "o/m"\nenv = { HF_TOKEN = "${credential:hf}" }\n'
+
+
+def text_or_json(raw: bytes) -> Any:
+    """The body of a request, which for this route is no JSON."""
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return raw.decode()
+
+
+@pytest.fixture
+def config(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of the running vllmd, which knows the credential in it."""
+    file = tmp_path / "vllmd.toml"
+    file.write_text(CONFIG)
+    daemon.status["daemon"]["config"] = str(file)
+    daemon.routes["POST /api/v1/validate"] = {"ok": True, "problems": [], "warnings": ["odd"]}
+    monkeypatch.setattr("tests.ctl_daemon.json", SimpleNamespace(loads=text_or_json, dumps=json.dumps))
+    for name in ("CREDENTIALS_DIRECTORY", "VLLMD_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    return file
+
+
+def test_a_running_vllmd_is_asked_about_its_own_file(
+    daemon: Daemon, config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Named, by another path, or not named at all: it knows what is filled in."""
+    (config.parent / "link.toml").symlink_to(config)
+    for named in ([str(config)], [str(config.parent / "link.toml")], []):
+        daemon.asked.clear()
+        assert ctl(daemon, "validate", *named) == 0
+        said = capfd.readouterr()
+        assert said.out == f"{config}: good, says the running vllmd\n" and said.err == "warning: odd\n"
+        assert daemon.asked[-1] == ("POST /api/v1/validate", CONFIG)
+
+
+def test_its_problems_are_printed_as_those_found_here(
+    daemon: Daemon, config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Code 78, all of them; with --json the same object."""
+    row = {"file": "f", "line": 3, "key": "k", "message": "m", "hint": "", "text": "f:3: k: \x1bm"}
+    daemon.routes["POST /api/v1/validate"] = {"ok": False, "problems": [row], "warnings": []}
+    assert ctl(daemon, "validate") == 78
+    assert capfd.readouterr().err == f"f:3: k: \N{REPLACEMENT CHARACTER}m\ncannot use {config}: 1 problem\n"
+    assert ctl(daemon, "validate", "--json") == 78
+    assert json.loads(capfd.readouterr().out) == {
+        "ok": False, "file": str(config), "problems": [row], "warnings": []
+    }  # fmt: skip
+
+
+def test_another_file_is_checked_here_with_what_is_not_known_as_a_warning(
+    daemon: Daemon, config: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the file of $VLLMD_CONFIG, and any where no vllmd runs or answers that."""
+    other = config.with_name("other.toml")
+    other.write_text(CONFIG)
+
+    def checked_here(*argv: str) -> None:
+        assert main(["validate", *argv]) == 0
+        said = capfd.readouterr()
+        assert "good, 1 model\n" in said.out and '"${credential:hf}": not known here' in said.err
+
+    checked_here(str(other), "--socket", str(daemon.path))
+    checked_here(str(config), "--socket", "/none")
+    monkeypatch.setenv("VLLMD_CONFIG", str(other))
+    checked_here("--socket", str(daemon.path))
+    daemon.routes["POST /api/v1/validate"] = (404, {})
+    checked_here(str(config), "--socket", str(daemon.path))
+
+
+def test_a_file_that_vllmd_cannot_be_sent_is_checked_here(
+    daemon: Daemon, config: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One that is no text."""
+    config.write_bytes(b"# caf\xe9\n")
+    assert ctl(daemon, "validate") == 78
+    assert "is not UTF-8" in capfd.readouterr().err
+
+
+# -- --json when something is wrong ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command", [name for name in visible() if name not in ("completion", "validate", "schema", "version")]
+)
+def test_json_is_there_when_vllmd_is_not(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same exit code, the sentence on standard error, and an object for the program that reads."""
+    operand = ["m"] if COMMANDS[command].operand in ("MODEL", "MODELS") else []
+    assert main([command, *operand, "--json", "--socket", str(tmp_path / "none")]) == 3
+    said = capsys.readouterr()
+    error = json.loads(said.out)["error"]
+    assert error["code"] == "unreachable" and error["message"] in said.err and error["remedies"]
+    assert set(error) == {"message", "type", "code", "hint", "remedies"}
+
+
+def test_json_of_a_refusal_is_vllmds_own(daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing of it is lost; for a wrong command line there is one too."""
+    error = {"error": {"message": "no", "type": "not_found", "code": "unknown-model", "hint": "", "data": {"x": 1}}}
+    for what in ("POST /api/v1/start", "GET /api/v1/models/m/why", "GET /api/v1/models/m/logs"):
+        daemon.routes[what] = (404, error)
+    for argv in (["start", "m"], ["why", "m"], ["logs", "-f", "m"]):
+        assert ctl(daemon, *argv, "--json") == 4
+        assert json.loads(capsys.readouterr().out) == error
+    daemon.routes["POST /api/v1/reload"] = (422, {"error": {"message": "no", "data": {"problems": ["p"]}}})
+    assert ctl(daemon, "reload", "--json") == 78
+    assert json.loads(capsys.readouterr().out)["error"]["data"] == {"problems": ["p"]}
+    for argv in (["start"], ["statsu"], ["logs"], ["start", "m", "--all"]):
+        assert ctl(daemon, *argv, "--json") == 2
+        assert json.loads(capsys.readouterr().out)["error"]["code"] == "usage"
+
+
+# -- the rest ----------------------------------------------------------------------------------------------------------
 
 
 def test_version_works_without_a_daemon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -426,3 +711,31 @@ def test_a_status_imports_nothing_that_costs(daemon: Daemon) -> None:
               "difflib", "termios", "aiohttp", "logging"}  # fmt: skip
     assert loaded & banned == set()
     assert {name for name in loaded if name.startswith("vllmd.") and not name.startswith("vllmd.ctl")} == set()
+
+
+LOCALES = [
+    ({"LANG": "C.UTF-8"}, "●"), ({"LANG": "de_DE.UTF-8"}, "●"), ({"LC_CTYPE": "C.UTF-8", "LANG": "C"}, "●"), ({}, "●"),
+    ({"LC_ALL": "C"}, "*"), ({"LC_ALL": "C", "LANG": "C.UTF-8"}, "*"), ({"LANG": "C"}, "*"), ({"LC_CTYPE": "POSIX"}, "*"),
+    ({"LANG": "de_DE.ISO-8859-1"}, "*"), ({"LC_ALL": "C.utf8", "LANG": "C"}, "●"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("env", "sign"), LOCALES, ids=str)
+def test_signs_are_those_of_the_locale(daemon: Daemon, env: dict[str, str], sign: str) -> None:
+    """As it was set, not as Python makes it: for LC_ALL=C that turns to UTF-8."""
+    command = [sys.executable, "-m", "vllmd.ctl", "status", "--socket", str(daemon.path)]
+    path = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, env=env | path, timeout=LIMIT, check=True)
+    lines = done.stdout.decode().splitlines()
+    assert lines[4].startswith(f"{sign} dots-ocr") and (sign == "●" or done.stdout.isascii())
+
+
+def test_a_complaint_too_is_in_the_letters_of_the_locale(tmp_path: Path) -> None:
+    """With the signs' twins, not with question marks."""
+    error = {"error": {"message": "a → b · 3 … größer"}}
+    with Daemon(tmp_path, {"GET /api/v1/status": (500, error)}) as running:
+        command = [sys.executable, "-m", "vllmd.ctl", "status", "--socket", str(running.path)]
+        done = subprocess.run(
+            command, capture_output=True, env=os.environ | {"LC_ALL": "C"}, timeout=LIMIT, check=False
+        )
+    assert done.stderr == b"vllmctl: a -> b - 3 ~ gr??er\n"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.ctl_daemon import LIMIT, Daemon, event
-from tests.ctl_status import device, model, status
+from tests.ctl_status import device, model, status, why
 from vllmd.ctl import feed as module
 from vllmd.ctl.client import Client
 from vllmd.ctl.faults import Unreachable
@@ -114,3 +114,69 @@ def test_a_stream_without_a_snapshot_is_no_vllmd(daemon: Daemon) -> None:
     daemon.routes["GET /api/v1/events"] = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
     with pytest.raises(Unreachable, match="no first event"):
         Feed(Client(str(daemon.path)))
+
+
+STATUS = "GET /api/v1/status"
+
+
+def asked(daemon: Daemon) -> int:
+    """How often the status has been asked for."""
+    return sum(what == STATUS for what, _ in daemon.asked)
+
+
+def test_sentences_of_a_moving_model_are_asked_anew_each_second(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an event, for eyes: "start 2 of 5 in 7 s" is vllmd's to count down. It comes as a snapshot."""
+    now = 1000.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    daemon.status = status([model("a", "backoff", why=why("start 2 of 5 in 7 s"))], [device()])
+    daemon.routes[STATUS] = status([model("a", "backoff", why=why("start 2 of 5 in 6 s"))], [device()])
+    feed = Feed(Client(str(daemon.path)), live=True)
+    until(feed, "snapshot")
+    feed.poll(0.0)
+    assert asked(daemon) == 0
+    now += 1.0
+    assert [kind for kind, _ in feed.poll(0.0)[0]] == ["snapshot"]
+    assert feed.picture()["models"][0]["why"]["short"] == "start 2 of 5 in 6 s"
+    feed.poll(0.0)
+    assert asked(daemon) == 1
+    now += 1.0
+    feed.poll(0.0)
+    assert asked(daemon) == 2
+    feed.close()
+
+
+@pytest.mark.parametrize(
+    ("state", "live", "times"),
+    [("ready", True, 0), ("stopped", True, 0), ("failed", True, 0), ("backoff", False, 0), ("waiting", True, 1),
+     ("draining", True, 1), ("stopping", True, 1), ("starting", True, 1)],
+)  # fmt: skip
+def test_nothing_is_asked_where_nothing_moves_or_nobody_looks(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, state: str, live: bool, times: int
+) -> None:
+    """A watch of models at rest costs vllmd nothing, a pipe neither."""
+    now = 1000.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    daemon.status = daemon.routes[STATUS] = status([model("a", state)], [device()])
+    feed = Feed(Client(str(daemon.path)), live=live)
+    until(feed, "snapshot")
+    now += 5.0
+    feed.poll(0.0)
+    assert asked(daemon) == times
+    feed.close()
+
+
+def test_a_vllmd_that_does_not_answer_is_not_asked_so_often(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture stays, and keys are not held up each second."""
+    now = 1000.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    daemon.status = status([model("a", "starting")], [device()])
+    daemon.routes[STATUS] = (503, {})
+    feed = Feed(Client(str(daemon.path)), live=True)
+    until(feed, "snapshot")
+    for _ in range(3):
+        now += 1.0
+        feed.poll(0.0)
+    assert asked(daemon) == 1 and feed.picture()["models"][0]["state"] == "starting" and feed.lost is None
+    feed.close()

@@ -13,7 +13,7 @@ from tests.ctl_status import GIB, crowd, device, example, model, status, why
 from vllmd.ctl.bar import device_lines
 from vllmd.ctl.look import Look
 from vllmd.ctl.table import rows, status_text
-from vllmd.ctl.words import clip, shorten, width
+from vllmd.ctl.words import clip, exact, shorten, width, wrap
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 SGR = re.compile(r"\x1b\[[0-9;]*m")
@@ -191,3 +191,16 @@ def test_a_cut_uses_the_room_there_is(text: str, columns: int) -> None:
     """Never wider, and narrower by less than one wide character."""
     for cut in (clip(text, columns), shorten(text, columns)):
         assert min(width(text), columns) - 2 < width(cut) + (cut != text and columns < 3) and width(cut) <= columns
+
+
+def test_a_wrapped_text_keeps_its_indent() -> None:
+    """The first line stands where the text begins."""
+    assert wrap("    one two three", 12, "    ") == ["    one two", "    three"]
+    assert wrap("! a: b c", 6) == ["! a: b", "  c"]
+    assert wrap("  " + "x" * 20 + " y", 10) == ["  " + "x" * 20, "  y"]
+
+
+def test_a_time_that_was_set_is_spelt_exactly() -> None:
+    """In the largest unit that divides it."""
+    said = [exact(each) for each in (0, 0.25, 1, 90, 120, 150, 5400, 7200, 86400, 129600)]
+    assert said == ["0 s", "250 ms", "1 s", "90 s", "2 min", "150 s", "90 min", "2 h", "1 d", "36 h"]

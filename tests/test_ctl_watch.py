@@ -21,6 +21,7 @@ from tests.ctl_daemon import LIMIT, Daemon, event
 from tests.ctl_status import crowd, example, model, status, why
 from vllmd.ctl.look import Look
 from vllmd.ctl.screen import split_keys
+from vllmd.ctl.table import status_text
 from vllmd.ctl.watch import CHANGING, Keys, changes, frame
 from vllmd.ctl.words import width
 
@@ -38,6 +39,27 @@ def test_a_frame_fits_the_screen(size: tuple[int, int]) -> None:
             devices = max(1, len(picture["devices"]))
             assert len(lines) <= max(size[1], devices + 5)
             assert not lines[-1].startswith("line")
+
+
+def test_the_last_remedy_is_not_cut_where_there_is_room() -> None:
+    """What stands below the table shares the screen with it, and so does the blank line between them."""
+    picture = example()
+    whole = status_text(picture, Look(100))[-4:]
+    above = 2 + 1 + 1 + len(picture["models"]) + 1  # summary and bar, blank, heads, rows, blank
+    for lines in range(above + 4 + 1, 40):
+        text = frame(picture, Keys(), Look(100, lines), None, True)
+        assert [line for line in text if line][-5:-1] == whole, lines
+
+
+@pytest.mark.parametrize("lines", range(8, 18))
+def test_what_has_no_room_below_the_table_is_counted(lines: int) -> None:
+    """Never cut without a word."""
+    text = frame(example(), Keys(), Look(100, lines), None, True)
+    whole = status_text(example(), Look(100))[-4:]
+    shown = sum(line in whole for line in text)
+    cut = [line for line in text if line.endswith(" more lines: vllmctl status")]
+    assert len(text) <= lines and shown < 4
+    assert cut == ([f"  … {4 - shown} more lines: vllmctl status"] if shown or cut else [])
 
 
 def test_the_rows_scroll_with_the_picked_one() -> None:
@@ -96,7 +118,8 @@ class Terminal:
         fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.before = termios.tcgetattr(inner)
         self.inner = inner
-        environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")} | {"TERM": "xterm"}
+        environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")}
+        environment |= {"TERM": "xterm", "LC_ALL": "C.UTF-8"}
         command = [sys.executable, "-X", "utf8", "-m", "vllmd.ctl", *argv]
         self.process = subprocess.Popen(
             command, stdin=inner, stdout=inner, stderr=inner, env=environment, start_new_session=True
@@ -183,6 +206,31 @@ def test_readonly_has_no_keys_that_change_things(daemon: Daemon) -> None:
         assert not [what for what, _ in daemon.asked if what.startswith("POST")]
     finally:
         terminal.close()
+
+
+def test_sentences_move_on_without_an_event(daemon: Daemon) -> None:
+    """On the screen of a watch, and in the row of a start."""
+    daemon.status = status([model("m", "starting", why=why("starting, 0 s"))], [])
+    daemon.routes["GET /api/v1/status"] = status([model("m", "starting", why=why("starting, 7 s"))], [])
+    daemon.routes["POST /api/v1/start"] = (202, {"results": [{"model": "m", "status": 202}]})
+    for argv in (["status", "--watch"], ["start", "m"]):
+        terminal = Terminal(*argv, "--socket", str(daemon.path))
+        try:
+            terminal.until("starting, 0 s.*starting, 7 s")
+        finally:
+            terminal.close()
+
+
+def test_a_long_line_of_why_does_not_break_the_screen(daemon: Daemon, watching: Terminal) -> None:
+    """It goes on below, as a remedy is cut."""
+    story = {"name": "dots-ocr", "state": "failed", "detail": "word " * 40 + "end", "why": why("x", "no", "y" * 150)}
+    daemon.routes["GET /api/v1/models/dots-ocr/why"] = story
+    watching.until("q quit")
+    watching.press("w")
+    screen = watching.until("word end.*why of dots-ocr").rpartition("\x1b[H")[2]
+    assert [
+        line for line in screen.replace("\r", "").split("\n") if width(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line)) > 100
+    ] == []
 
 
 def test_log_and_why_open_in_place(daemon: Daemon, watching: Terminal) -> None:

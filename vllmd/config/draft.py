@@ -5,14 +5,12 @@ A draft holds only what was written and is right; defaults come later, so that [
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from vllmd.config.kinds import Bad, Fault, Place
-from vllmd.config.names import MODEL_NAME, read_device
-from vllmd.config.options import SECTIONS, TOP, Option, Section, header, read_table
+from vllmd.config.names import read_device, read_name
+from vllmd.config.options import SECTIONS, TOP, Section, header, read_table
 from vllmd.config.problems import Key, nearest, quote
-
-_NAME_RULE: Final = "lower-case letters, digits, ., _ and -, at most 63, the first a letter or digit"
 
 
 @dataclass(slots=True)
@@ -39,56 +37,52 @@ def read(data: Mapping[str, Any], place: Callable[[Key], Place]) -> Draft:
     """The draft of a tree; `place` tells what the path at a key is relative to. Raises nothing: see `faults`."""
     draft = Draft()
 
-    def table(value: Any, path: Key, options: Mapping[str, Option]) -> dict[str, Any]:
+    def table(value: Any, path: Key, section: Section) -> dict[str, Any]:
         if not isinstance(value, dict):
-            draft.faults.append(Fault(f"{quote(value)} is not a table", f"open it with {_opening(path)}", path))
+            opening = f"[{path[0]}]" if len(path) == 1 else header(section)
+            draft.faults.append(Fault(f"{quote(value)} is not a table", f"open it with {opening}", path))
             return {}
-        values, faults = read_table(options, value, lambda key: place((*path, key)))
+        values, faults = read_table(SECTIONS[section], value, lambda key: place((*path, key)))
         draft.faults += [Fault(f.message, f.hint, (*path, *f.at)) for f in faults]
         return values
 
-    def family(value: Any, section: Section, check: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    def family(value: Any, at: str, section: Section) -> dict[str, dict[str, Any]]:
         if not isinstance(value, dict):
             hint = f"open one with {header(section)}"
-            draft.faults.append(Fault(f"{quote(value)} is not a table", hint, (section.value,)))
+            draft.faults.append(Fault(f"{quote(value)} is not a table", hint, (at,)))
             return {}
+        check = _check_name if section is Section.MODELS else _check_device
         members: dict[str, dict[str, Any]] = {}
         for name, inner in value.items():
             try:
                 check(name)
             except Bad as exc:
-                draft.faults += [Fault(f.message, f.hint, (section.value, name)) for f in exc.faults]
-            members[name] = table(inner, (section.value, name), SECTIONS[section])
+                draft.faults += [Fault(f.message, f.hint, (at, name)) for f in exc.faults]
+            members[name] = table(inner, (at, name), section)
         return members
 
     for key, value in data.items():
-        match key:
-            case "daemon":
-                draft.daemon = table(value, (key,), SECTIONS[Section.DAEMON])
-            case "http":
-                draft.http = table(value, (key,), SECTIONS[Section.HTTP])
+        # A misnamed table is read for the mistakes in it, where it is clear which one was meant.
+        meant = key if key in TOP or not isinstance(value, dict) else nearest(key, TOP)
+        read_as: dict[str, Any] = {}
+        match meant:
+            case "daemon" | "http":
+                read_as = table(value, (key,), Section(meant))
             case "defaults":
-                draft.defaults = table(value, (key,), SECTIONS[Section.MODELS])
-            case "devices":
-                draft.devices = family(value, Section.DEVICES, _check_device)
-            case "models":
-                draft.models = family(value, Section.MODELS, _check_name)
-            case _:
-                draft.faults.append(_unknown_table(key, value))
+                read_as = table(value, (key,), Section.MODELS)
+            case "devices" | "models":
+                read_as = family(value, key, Section(meant))
+        if key in TOP:
+            setattr(draft, key, read_as)
+        else:
+            draft.faults.append(_unknown_table(key, value))
     return draft
-
-
-def _opening(path: Key) -> str:
-    """The header of a table."""
-    return f"[{path[0]}]" if len(path) == 1 else header(Section(str(path[0])))
 
 
 def _check_name(name: str) -> None:
     # A tail after NUL marks the second table of a name in a file with errors: parse has reported it.
-    if "\0" not in name and not MODEL_NAME.fullmatch(name):
-        small = name.lower().replace(" ", "-")
-        hint = f"{_NAME_RULE}; try {quote(small)}" if MODEL_NAME.fullmatch(small) else _NAME_RULE
-        raise Bad(Fault(f"{quote(name)} is not a model's name", hint))
+    if "\0" not in name:
+        read_name(name)
 
 
 def _check_device(name: str) -> None:

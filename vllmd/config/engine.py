@@ -29,7 +29,7 @@ OWNED_FLAGS: Final = {
     "enable-sleep-mode": "write swap",
     "api-key": "engines are reachable by vllmd only and need no key",
     "hf-token": 'everybody could read it in the process list; write env = { HF_TOKEN = "${credential:NAME}" }',
-    "config": "write its flags here: in a file they would go unchecked",
+    "config": "write its flags into args: in a file they would go unchecked",
     "headless": "without its API server vllmd cannot see a model",
     **dict.fromkeys(
         ("ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-cert-reqs", "ssl-ciphers", "enable-ssl-refresh"),
@@ -47,6 +47,13 @@ SHORT_FLAGS: Final = {
     "sc": "speculative-config",
     "ac": "attention-config",
 }
+#: Flags that their names alone do not show to be some: of one word, or like a key of ours.
+_PLAIN_FLAGS: Final = frozenset(
+    (
+        "convert", "dtype", "grpc", "middleware", "quantization", "revision", "runner", "seed", "tokenizer",
+        "kv-cache-dtype", "kv-cache-metrics", "max-log-len", "max-lora-rank", "max-loras", "model-impl", "spec-model",
+    )
+)  # fmt: skip
 OWNED_ENV: Final = {
     "CUDA_VISIBLE_DEVICES": "write gpus",
     "CUDA_DEVICE_ORDER": "vllmd sets PCI_BUS_ID, so that indices mean what the driver says",
@@ -76,6 +83,24 @@ def flag_name(written: str) -> str:
     return flag
 
 
+def spelling(written: str) -> str:
+    """What is the same for all ways to write a flag in a table: with dashes or underscores, `no-` in front or not."""
+    head, dot, tail = written.partition(".")
+    return head.replace("_", "-").removeprefix("no-") + dot + tail
+
+
+def as_key(key: str, value: Any, near: bool) -> str | None:
+    """What to do with a key of a model that is a flag of vLLM, or looks like one; None if it does not. `near` = there
+    is a key of ours that it may have been meant to be."""
+    flag = SHORT_FLAGS.get(key.lower(), key.lower().replace("_", "-"))
+    if flag in OWNED_FLAGS:
+        return OWNED_FLAGS[flag]
+    if flag not in _PLAIN_FLAGS and (near or "-" not in flag.strip("-") or not _FLAG.fullmatch(flag)):
+        return None
+    plain = isinstance(value, int | float | str) and len(quote(value)) < 40
+    return f"a flag of vLLM goes into args = {{ {flag} = {quote(value) if plain else '...'} }}"
+
+
 def refuse_owned(flag: str) -> None:
     """Raises Bad for a flag that is vllmd's, its negation, or an abbreviation (which vLLM's parser would accept)."""
     positive = flag.removeprefix("no-")
@@ -92,11 +117,14 @@ def read_args(value: Any, _: Place) -> dict[str, Any]:
         raise bad(f"{quote(value)} is not a table of flags", "try { enforce-eager = true }")
     args: dict[str, Any] = {}
     faults: list[Fault] = []
-    for written, given in value.items():
+    for written, said in value.items():
         try:
-            flag = flag_name(written)
+            flag, given = flag_name(written), said
+            if flag.startswith("no-") and isinstance(said, bool):
+                flag, given = flag.removeprefix("no-"), not said  # one way to say it, so that the later one counts
             if flag in args:
-                raise bad(f"--{flag} stands here twice", "once with dashes, once with underscores")
+                first = next(other for other in value if spelling(other) == spelling(written))
+                raise bad(f"--{flag} stands here twice", f"as {first} and as {written}")
             args[flag] = flag_value(given)
         except Bad as exc:
             faults += [Fault(f.message, f.hint, (written, *f.at)) for f in exc.faults]

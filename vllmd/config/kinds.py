@@ -69,15 +69,16 @@ def text(value: Any, what: str = "a string") -> str:
 
 def each(values: Iterable[Any], read: Callable[[Any], Any]) -> tuple[Any, ...]:
     """All values read, or one Bad with the faults of all, each at its index."""
-    values, done, faults = list(values), [], []
+    done: list[Any] = []
+    faults: list[Fault] = []
     for at, value in enumerate(values):
         try:
             done.append(read(value))
         except Bad as exc:
             faults += [Fault(f.message, f.hint, (at, *f.at)) for f in exc.faults]
-    for at, value in enumerate(done):
-        if not faults and value in done[:at]:
-            faults.append(Fault(f"{quote(values[at])} stands here twice", at=(at,)))
+        else:
+            if done[-1] in done[:-1]:
+                faults.append(Fault(f"{quote(value)} stands here twice", at=(at,)))
     if faults:
         raise Bad(*faults)
     return tuple(done)

@@ -8,21 +8,23 @@ Drop-ins are `vllmd.toml.d/*.toml` beside `vllmd.toml`, merged in name order: ta
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 from vllmd.config.draft import Draft, read
+from vllmd.config.engine import spelling
 from vllmd.config.kinds import Fault, Place
 from vllmd.config.options import OPTIONS, RESTART, SECTIONS, Section, default_of
 from vllmd.config.parse import MAX_BYTES, Layer, parse
-from vllmd.config.paths import complete, find_config, home, is_root
+from vllmd.config.paths import complete, find_config, home, is_root, own_config
 from vllmd.config.problems import ConfigError, Key, Problem, spell
 from vllmd.config.rules import Known, broken
 from vllmd.config.substitute import Filler
 from vllmd.spec import DaemonSpec, DeviceRule, HttpSpec, ModelSpec, Overrun, RestartRule, Settings
 
-__all__ = ["ConfigError", "Problem", "find_config", "load"]
+__all__ = ["ConfigError", "Problem", "Verdict", "check", "find_config", "load"]
 
 _PATHS: Final = ("socket", "state_dir", "runtime_dir", "log_dir", "cache_dir")
 _ADDED: Final = ("args", "env", "restart")  # tables in which a model's keys are added to those of [defaults]
@@ -42,16 +44,64 @@ def load(
     `root` chooses the default paths (None: by the user id). `overrides` go over the files: {"daemon.socket": "/x"}.
     `content` is checked in place of what `path` holds.
     """
+    found = _examine(path, root, env, overrides, content)
+    if found.problems:
+        raise ConfigError(found.problems)
+    return _settings(found.draft, found.paths, found.layers, tuple(map(str, found.warnings)), found.secrets)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is wrong with a file and what is strange about it, as somebody sees it who is not vllmd."""
+
+    problems: tuple[Problem, ...]
+    warnings: tuple[Problem, ...]
+    models: tuple[str, ...]
+    files: tuple[str, ...]
+
+
+def check(path: Path, *, env: Mapping[str, str] = os.environ, content: bytes | None = None) -> Verdict:
+    """As load(), away from vllmd: what only its environment and its credentials could fill in is a warning."""
+    found = _examine(path, None, env, {}, content, offline=True)
+    files = tuple(layer.file for layer in found.layers[:-1])
+    return Verdict(tuple(sorted(found.problems)), tuple(found.warnings), tuple(found.draft.models), files)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A configuration as far as it could be read."""
+
+    layers: list[Layer]
+    draft: Draft
+    paths: dict[str, Path]
+    problems: set[Problem]
+    warnings: list[Problem]
+    secrets: frozenset[str]
+
+
+def _examine(
+    path: Path,
+    root: bool | None,
+    env: Mapping[str, str],
+    overrides: Mapping[str, Any],
+    content: bytes | None,
+    *,
+    offline: bool = False,
+) -> _Found:
     path = Path(path).absolute()
-    layers = [*_files(path, content), _overrides(overrides)]
+    system = is_root() if root is None else root
+    missing = "" if path != find_config(env, system) else _way_out(system, env)
+    layers = [*_files(path, content, missing), _overrides(overrides)]
     problems = {problem for layer in layers for problem in layer.problems}
+    warnings: set[Problem] = set()
     secrets: set[str] = set()
     for layer in layers:
-        filler = Filler(env)
+        filler = Filler(env, offline)
         layer.data = filler.fill(layer.data)
         secrets |= filler.secrets
         problems |= _locate(filler.faults, [layer])
-        layer.holes |= {fault.at for fault in filler.faults}
+        warnings |= _locate(filler.missing, [layer])
+        layer.holes |= {fault.at for fault in (*filler.faults, *filler.missing)}
     own = home(env)
     if len(layers) > 2:  # what a later file replaces must be right too
         for layer in layers:
@@ -62,7 +112,7 @@ def load(
     draft = read(merged, _places(layers, own))
     problems |= _locate(draft.faults, layers)
     given = {key: value for key, value in draft.daemon.items() if key in _PATHS}
-    paths = complete(given, env, is_root() if root is None else root)
+    paths = complete(given, env, system)
     known = Known(
         written=frozenset(_written(layers)),
         stubs=frozenset(name for name in draft.models if _is_stub(_value(merged, ("models", name)))),
@@ -71,15 +121,13 @@ def load(
         paths=paths,
     )
     problems |= _locate(broken(draft, known), layers)
-    if problems:
-        raise ConfigError(problems)
-    warnings = sorted(_locate(_without_effect(draft), layers))
-    return _settings(draft, paths, layers, tuple(map(str, warnings)), frozenset(secrets))
+    warnings |= _locate(_without_effect(draft), layers)
+    return _Found(layers, draft, paths, problems, sorted(warnings), frozenset(secrets))
 
 
-def _files(path: Path, content: bytes | None) -> list[Layer]:
+def _files(path: Path, content: bytes | None, missing: str) -> list[Layer]:
     """The file and its drop-ins, parsed. One that cannot be read is a layer with that problem."""
-    layers = [_file(path) if content is None else parse(content, str(path), path.parent)]
+    layers = [_file(path, missing) if content is None else parse(content, str(path), path.parent)]
     folder = path.with_name(path.stem + ".toml.d")
     try:
         names = sorted(p.name for p in folder.iterdir() if p.suffix == ".toml" and not p.name.startswith("."))
@@ -91,13 +139,20 @@ def _files(path: Path, content: bytes | None) -> list[Layer]:
     return layers + [_file(folder / name) for name in names]
 
 
-def _file(path: Path) -> Layer:
+def _way_out(system: bool, env: Mapping[str, str]) -> str:
+    """What to do where the file that is read by default is missing."""
+    where = "it" if system or env.get("VLLMD_CONFIG") else str(own_config(env))
+    return f"write {where}, or name a file with --config; etc/vllmd.toml of the source is a commented example"
+
+
+def _file(path: Path, missing: str = "") -> Layer:
     try:
         with path.open("rb") as file:
             return parse(file.read(MAX_BYTES + 1), str(path), path.parent)
     except (OSError, ValueError) as exc:
         why = getattr(exc, "strerror", None) or str(exc)
-        trouble = Problem(str(path), 0, "", f"cannot be read: {why}")
+        hint = missing if isinstance(exc, FileNotFoundError) else ""
+        trouble = Problem(str(path), 0, "", f"cannot be read: {why}", hint)
         return Layer(str(path), path.parent, problems=[trouble], torn=True)
 
 
@@ -111,12 +166,17 @@ def _overrides(overrides: Mapping[str, Any]) -> Layer:
     return layer
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` over `below`: tables merge, everything else replaces."""
+def _merge(below: dict[str, Any], above: dict[str, Any], at: Key = ()) -> dict[str, Any]:
+    """`above` over `below`: tables merge, everything else replaces. In `args` that is a flag, however it is spelt."""
     merged = dict(below)
+    match at:
+        case ("models", _, "args") | ("defaults", "args"):
+            flags = {spelling(key) for key in above}
+            merged = {key: value for key, value in below.items() if key in above or spelling(key) not in flags}
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value, (*at, key)) if both else value
     return merged
 
 

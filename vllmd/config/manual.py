@@ -37,9 +37,10 @@ env = { OMP_NUM_THREADS = "2" }
 - **Names of models** are lower-case letters, digits, `.`, `_` and `-`, at most 63 characters, the first a letter or
   digit. One with a dot needs quotes in its header: `[models."qwen2.5-vl-3b"]`.
 - **Drop-ins**: `vllmd.toml.d/*.toml` beside `vllmd.toml`, merged in name order. Tables merge, everything else replaces.
-- **Substitutions**: `${env:NAME}` in any string but those of `args`, and `${credential:NAME}` (systemd's
-  `LoadCredential=`) in `env` tables. What is substituted in `env` is secret: it is not shown in messages, logs, status
-  or `vllmctl show`.
+- **Substitutions**: `${env:NAME}` in any string but those of `args`, and `${credential:NAME}` in `env` tables: a file of
+  that name in `/etc/vllmd/credentials`, or `LoadCredential=NAME:/path` in the unit (systemd reads both when the service
+  starts). What is substituted in `env` is secret: it is not shown in messages, logs, status or `vllmctl show`. vllmd
+  refuses a file in which one is missing; `vllmctl validate` asks a running vllmd, and where there is none warns of it.
 - **Reload** (`vllmctl reload`, `systemctl reload vllmd`) checks the whole file first and changes nothing if there is an
   error. A key marked *restart* ends a running model to take effect, or, in `[daemon]` and `[http]`, waits for a restart
   of vllmd.
@@ -59,7 +60,7 @@ _INTRO: Final = {
 
 _EXAMPLES: Final = """## Examples
 
-A secret from systemd (`LoadCredential=hf:/etc/vllmd/hf-token` in the unit), for a gated model:
+A secret (the file `/etc/vllmd/credentials/hf`, which only root needs to be able to read), for a gated model:
 
 ```toml
 [models.gated]

@@ -10,11 +10,26 @@ from vllmd.config.kinds import SUBSTITUTION, Kind, Place, bad, each, ranged, tex
 from vllmd.config.problems import Substituted, quote
 
 MODEL_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+NAME_RULE: Final = "lower-case letters, digits, ., _ and -, at most 63, the first a letter or digit"
 _CATEGORY: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,30}")
 _ALIAS: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,126}")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _DEVICE: Final = re.compile(r"\d{1,3}|cpu|(GPU|MIG)-[A-Za-z0-9./-]{1,80}", re.ASCII)
 _LISTEN: Final = re.compile(r"(\[[^]]*\]|[^][:]*):(\d{1,6})", re.ASCII)
+
+
+def read_name(name: str) -> str:
+    """The name of a model. Raises Bad with the rule, and with the name that was surely meant."""
+    if not MODEL_NAME.fullmatch(name):
+        meant = likely_name(name)
+        raise bad(f"{quote(name)} is not a model's name", NAME_RULE + (f"; try {quote(meant)}" if meant else ""))
+    return name
+
+
+def likely_name(written: str) -> str:
+    """The name of a model that comes closest to what was written; "" if none does."""
+    small = "-".join(written.lower().split())
+    return small if MODEL_NAME.fullmatch(small) else ""
 
 
 def word(pattern: re.Pattern[str], what: str) -> Callable[[Any], str]:

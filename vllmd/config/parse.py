@@ -17,6 +17,7 @@ import tomli
 
 from vllmd.config.positions import positions, statements
 from vllmd.config.problems import Key, Problem, spell
+from vllmd.config.syntax import explain
 
 MAX_BYTES: Final = 1 << 19
 _DEPTH: Final = 24
@@ -25,31 +26,19 @@ _EFFORT: Final = 1 << 20  # characters to parse again and again before giving up
 _MARK: Final = '"\\u0000"'  # stands for a value that could not be parsed; as TOML
 _BROKEN: Final = "\0"  # the same, as parsed
 _END: Final = 1 << 60  # a line beyond every file: nothing was wrong
-_PLACE: Final = re.compile(r" \(at [^)]*\)$")
+_STRANGE: Final = re.compile("[\udc80-\udcff]")
 _HEADER: Final = re.compile(r"\s*\[\[?\s*([^\]#]*)")
 _NAME: Final = r"(?:[A-Za-z0-9_-]+|\"[^\"\\\n]*\"|'[^'\n]*')"
 _DOTTED: Final = re.compile(rf"\s*({_NAME}(?:\s*\.\s*{_NAME})*)")
-_WORDS: Final = {  # tomli's words -> what they mean to the writer of the file, and what to do
-    "Illegal character '\\n'": ("the string is not closed", "end it with the quotes it began with"),
-    "Unterminated string": ("the string is not closed", "end it with the quotes it began with"),
-    "Unclosed array": ("the array is not closed", "a comma or ] is missing"),
-    "Unclosed inline table": ("the table is not closed", "a comma or } is missing"),
-    "Cannot overwrite a value": ("stands here twice", "delete one"),
-    "Invalid value": ("is not a value", "strings need quotes"),
-    "Expected '=' after a key": ("is not key = value", ""),
-    "Invalid statement": ("is not key = value", ""),
-    "Expected ']": ("the header is not closed", "[section] or [section.name]"),
-    "Expected newline": ("something follows the value", "strings need quotes, comments a #"),
-    "Cannot declare": ("this table stands here twice", "join the two"),
-}
 
 
 class _Attempt(NamedTuple):
-    """A text as far as tomli gets with it: `error` is the line where it stopped, _END if nowhere."""
+    """A text as far as tomli gets with it: `error` is the line where it stopped, _END if nowhere; `column` from 0."""
 
     lines: list[str]
     error: int
     message: str = ""
+    column: int = 0
     data: dict[str, Any] = {}  # noqa: RUF012
 
 
@@ -92,11 +81,39 @@ def parse(content: bytes, file: str, folder: Path) -> Layer:
     try:
         text = content.decode()
     except UnicodeDecodeError as exc:
-        line = content.count(b"\n", 0, exc.start) + 1
-        layer.problems.append(Problem(file, line, "", "is not UTF-8", "save the file as UTF-8"))
-        text = content.decode(errors="replace")
-    _recover(text.removeprefix("\ufeff").replace("\r\n", "\n"), layer)
+        _read_strange(content, exc.start, layer)
+    else:
+        _recover(_plain(text), layer)
     return layer
+
+
+def _plain(text: str) -> str:
+    """The text without what only other systems write."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def _read_strange(content: bytes, first: int, layer: Layer) -> None:
+    """Fill the layer from bytes that are not UTF-8: one problem, at the `first` of them, and what the other lines say."""
+    wrong = Problem(layer.file, content.count(b"\n", 0, first) + 1, "", "is not UTF-8", "save the file as UTF-8")
+    if b"\0" in content:  # UTF-16, or no text at all
+        layer.problems.append(wrong)
+        layer.torn = True
+        return
+    odd = {number for number, line in enumerate(content.split(b"\n"), 1) if not line.isascii() and not _utf8(line)}
+    # "_" is a letter of names and values alike: what follows it on other lines can still be checked.
+    _recover(_plain(_STRANGE.sub("_", content.decode(errors="surrogateescape"))), layer)
+    layer.problems = [wrong, *(problem for problem in layer.problems if problem.line not in odd)]
+    lines = layer.text.split("\n")
+    keys = {at: path for at, path in statements(layer.text).items() if not lines[at - 1].lstrip().startswith("[")}
+    layer.holes |= {path for at, path in keys.items() if at in odd and path}
+
+
+def _utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _recover(text: str, layer: Layer) -> None:
@@ -109,13 +126,15 @@ def _recover(text: str, layer: Layer) -> None:
         start = max((line for line in known if line <= now.error), default=now.error)
         mends = [(mend, _attempt(mend.lines)) for mend in _mends(now.lines, start, now.error)]
         mend, after = max(mends, key=lambda pair: pair[1].error)
-        words = _words(now.message, mend.line < now.error)
-        errors.append(Problem(layer.file, mend.line, spell(known.get(start, ())), *words))
+        said = explain(now.message, now.lines[now.error - 1], now.column, mend.line < now.error)
+        path = known.get(start, ()) if said.path is None else said.path
+        errors.append(Problem(layer.file, now.error if said.here else mend.line, spell(path), said.message, said.hint))
         layer.torn |= mend.torn and not now.message.startswith("Cannot")  # what stands twice is not lost
         now = after
     layer.text = "\n".join(now.lines)
     if now.error < _END:
-        errors.append(Problem(layer.file, now.error, "", *_words(now.message, False)))
+        said = explain(now.message, now.lines[now.error - 1], now.column, False)
+        errors.append(Problem(layer.file, now.error, "", said.message, said.hint))
         layer.torn = True
     elif deep := _too_deep(now.data):
         layer.problems.append(Problem(layer.file, layer.line(deep), spell(deep[:3]), "is nested too deeply"))
@@ -128,10 +147,15 @@ def _recover(text: str, layer: Layer) -> None:
 
 
 def _attempt(lines: list[str]) -> _Attempt:
+    text = "\n".join(lines)
     try:
-        return _Attempt(lines, _END, data=tomli.loads("\n".join(lines)))
+        return _Attempt(lines, _END, data=tomli.loads(text))
     except tomli.TOMLDecodeError as exc:
-        return _Attempt(lines, min(exc.lineno, len(lines)), _PLACE.sub("", str(exc)))
+        place = exc.pos
+        if exc.msg.startswith("Expected \"'"):  # a string that ends nowhere: it began with the last of its quotes
+            place = text.rfind(exc.msg.removeprefix("Expected ").strip('"'))
+        line = min(text.count("\n", 0, place) + 1, len(lines))
+        return _Attempt(lines, line, exc.msg, place - text.rfind("\n", 0, place) - 1)
     except (RecursionError, ValueError) as exc:
         # Hundreds of brackets, or a number of thousands of digits: tomli does not say where.
         line = max(range(len(lines)), key=lambda at: len(lines[at])) + 1
@@ -166,7 +190,8 @@ def _guesses(line: str, number: int) -> Iterator[str]:
         section, dot, rest = name.partition(".")
         # The second table of a name is checked like the first; what follows NUL is cut off in messages.
         twin = rest.strip().strip("\"'").replace("\\", "").replace('"', "")
-        yield f'[{section}."{twin}\\u0000{number}"]' if dot else f'["\\u0000{number}"]'
+        if not rest.strip().endswith((".args", ".env", ".restart")):  # what is in those is no key of a model
+            yield f'[{section}."{twin}\\u0000{number}"]' if dot else f'["\\u0000{number}"]'
         yield f'["\\u0000{number}"]'
     elif key := _DOTTED.match(line):
         yield f"{key[1]} = {_MARK}"
@@ -193,10 +218,3 @@ def _prune(table: dict[str, Any], at: Key, holes: set[Key]) -> None:
             holes.add((*at, key))
         elif isinstance(value, dict):
             _prune(value, (*at, key), holes)
-
-
-def _words(message: str, opened_before: bool) -> tuple[str, str]:
-    """Message and hint. What stopped the parser on a later line than its statement's was not closed."""
-    if opened_before and not message.startswith("Cannot"):
-        return "is not closed", "a bracket, a brace or quotes are missing"
-    return next((words for start, words in _WORDS.items() if message.startswith(start)), (message, ""))

@@ -71,6 +71,11 @@ def find_config(env: Mapping[str, str] = os.environ, root: bool | None = None) -
         return Path(env["VLLMD_CONFIG"]).absolute()
     if is_root() if root is None else root:
         return system
-    base = Path(env.get("XDG_CONFIG_HOME", ""))
-    own = (base if base.is_absolute() else home(env) / ".config") / "vllmd/vllmd.toml"
+    own = own_config(env)
     return own if own.exists() else system
+
+
+def own_config(env: Mapping[str, str] = os.environ) -> Path:
+    """The file of a user who is not root."""
+    base = Path(env.get("XDG_CONFIG_HOME", ""))
+    return (base if base.is_absolute() else home(env) / ".config") / "vllmd/vllmd.toml"

@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from vllmd import __version__
-from vllmd.ctl.faults import EXIT_CODES
+from vllmd.ctl.faults import EXIT_CODES, Usage
 from vllmd.ctl.words import seconds_of
 
 TYPE_CHECKING = False
@@ -157,8 +157,17 @@ NARGS: dict[str, dict[str, Any]] = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are faults as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say how it is used. Raises Usage."""
+        self.print_usage(sys.stderr)
+        raise Usage(f"cannot run: {message}", f"{self.prog} --help")
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments; `command` is a key of COMMANDS. Exits as argparse does: 2 on an error, 0 after help or version."""
+    """The arguments; `command` is a key of COMMANDS. Raises Usage; exits with 0 after help or version."""
     at = _command_at(argv)
     if at is None:
         if "--version" in argv:
@@ -167,7 +176,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if not argv or "-h" in argv or "--help" in argv:
             print(overview())
             raise SystemExit(0 if argv else 2)
-        _fail("no command given", "vllmctl --help")
+        raise Usage("cannot run: no command given", "vllmctl --help")
     word = argv[at]
     named = OLD.get(word, [word])
     if named == ["help"]:
@@ -175,8 +184,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if named[0] not in COMMANDS:
         from difflib import get_close_matches
 
-        near = get_close_matches(word, visible(), 1)
-        _fail(f'no command "{word}"', f"vllmctl {near[0]}" if near else "vllmctl --help")
+        near = get_close_matches(word, visible(), 1, 0.7)
+        raise Usage(f'cannot run: no command "{word}"', f"vllmctl {near[0]}" if near else "vllmctl --help")
     args = build(named[0]).parse_args([*argv[:at], *named[1:], *argv[at + 1 :]])
     args.command = named[0]
     return args
@@ -186,7 +195,7 @@ def build(name: str) -> argparse.ArgumentParser:
     """The parser of one command, with the global options: they may stand before or after it."""
     command = COMMANDS[name]
     examples = "".join(f"\n  {line}" for line in command.examples.splitlines())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"vllmctl {name}",
         description=f"{command.summary[:1].upper()}{command.summary[1:]}.",
         epilog=f"examples:{examples}" if examples else None,
@@ -241,8 +250,3 @@ def _command_at(argv: list[str]) -> int | None:
         else:
             skip = word in ("--socket", "--color")
     return None
-
-
-def _fail(message: str, hint: str) -> NoReturn:
-    print(f"vllmctl: cannot run: {message}\n  try: {hint}", file=sys.stderr)
-    raise SystemExit(2)

@@ -6,7 +6,7 @@ import json
 import sys
 
 from vllmd.ctl.faults import Garbled
-from vllmd.ctl.look import Look, look_at
+from vllmd.ctl.look import Look, look_at, spell
 from vllmd.ctl.words import clean, listed
 
 TYPE_CHECKING = False
@@ -54,16 +54,19 @@ def print_json(value: object) -> None:
 
 def print_lines(lines: list[str]) -> None:
     """Text that is clean already, in whatever the terminal can encode."""
-    text = "\n".join(lines)
-    coding = sys.stdout.encoding or "ascii"
-    print(text.encode(coding, "replace").decode(coding))
+    print(spell("\n".join(lines), sys.stdout))
 
 
 def complain(message: str, *hints: str) -> None:
     """A fault on standard error, its hints below."""
-    lines = [f"vllmctl: {clean(message)}", *(f"  try: {clean(hint)}" for hint in hints)]
-    coding = sys.stderr.encoding or "ascii"
-    print("\n".join(lines).encode(coding, "replace").decode(coding), file=sys.stderr)
+    lines = [f"vllmctl: {clean(message)}", *(f"  {advice(clean(hint))}" for hint in hints)]
+    print(spell("\n".join(lines), sys.stderr), file=sys.stderr)
+
+
+def advice(hint: str) -> str:
+    """ "try: vllmctl start x"; what is a question or a list ("did you mean x?", "configured: a, b") stands by itself."""
+    first = hint.partition(" ")[0]
+    return hint if hint.endswith("?") or first.endswith(":") or first in ("try", "or") else f"try: {hint}"
 
 
 def names_of(status: dict[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 BODY_LIMIT = 256 << 20
+SYSTEM = "/run/vllmd.sock"
 
 
 class Client:
@@ -97,8 +98,9 @@ class Client:
         return connection
 
     def _send(self, connection: socket.socket, method: str, path: str, body: object, more: str = "") -> None:
-        payload = b"" if body is None else json.dumps(body).encode()
-        kind = f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n" if body is not None else ""
+        payload = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        what = "text/plain" if isinstance(body, bytes) else "application/json"
+        kind = f"Content-Type: {what}\r\nContent-Length: {len(payload)}\r\n" if body is not None else ""
         head = f"{method} {path} HTTP/1.1\r\nHost: vllmd\r\nConnection: close\r\n{kind}{more}\r\n"
         try:
             connection.sendall(head.encode() + payload)
@@ -187,74 +189,47 @@ def refusal(status: int, answer: object) -> Refused:
 
 
 def choose_socket(wanted: str | None) -> str:
-    """The socket to use: the one named, $VLLMD_SOCKET, the system's, or the user's own; the first that exists."""
+    """The socket to use: the one named, $VLLMD_SOCKET, or the first place where there is one that we may use."""
     import os
 
     named = wanted or os.environ.get("VLLMD_SOCKET")
     if named:
         return named
-    system = "/run/vllmd.sock"
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    own = f"{runtime}/vllmd/vllmd.sock" if runtime else ""
     # pathlib costs 5 ms of imports
-    return own if own and not os.path.exists(system) and os.path.exists(own) else system  # noqa: PTH110
+    system, *own = places()
+    there = [system] if os.path.exists(system) else []  # noqa: PTH110
+    there += [path for path in own if _is_ours(path)]
+    return next((path for path in there if os.access(path, os.W_OK)), there[0] if there else system)
+
+
+def places() -> list[str]:
+    """Where a vllmd listens unless told otherwise (vllmd/config/paths.py): the system's, then those of this user."""
+    import os
+
+    uid, env = os.geteuid(), os.environ
+    folders = [f"{env.get('XDG_RUNTIME_DIR', '')}/vllmd", f"/run/user/{uid}/vllmd"]
+    # without XDG_RUNTIME_DIR it is Python's directory for temporary files; /run/user is where a session would have it
+    folders += [
+        f"{os.path.abspath(temp)}/vllmd-{uid}"  # noqa: PTH100
+        for temp in (env.get("TMPDIR"), env.get("TEMP"), env.get("TMP"), "/tmp", "/var/tmp")
+        if temp
+    ]
+    found = [f"{folder}/vllmd.sock" for folder in folders if folder.startswith("/") and folder != "/vllmd"]
+    return [SYSTEM, *(dict.fromkeys(found) if uid else ())]
+
+
+def _is_ours(path: str) -> bool:
+    """Whether it is there and belongs to us: in a directory for all, anybody could have put it there."""
+    import os
+
+    try:
+        return os.stat(path).st_uid == os.geteuid()  # noqa: PTH116
+    except OSError:
+        return False
 
 
 def explain(path: str, error: OSError) -> Unreachable:
     """Why the socket cannot be used, as seen from here, and what to do."""
-    import os
-    import stat
+    from vllmd.ctl.trouble import explain
 
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    user = bool(runtime) and path.startswith(f"{runtime}/")
-    start = f"systemctl {'--user ' if user else ''}start vllmd"
-    head = f"cannot reach vllmd on {path}"
-    if isinstance(error, TimeoutError):
-        return Unreachable(
-            f"{head}: connected, but no answer in time (is it stopped or overloaded?)", "journalctl -u vllmd -n 50"
-        )
-    try:
-        info = os.stat(path)  # noqa: PTH116
-    except FileNotFoundError:
-        return Unreachable(
-            f"{head}: no such file, so vllmd does not run there",
-            start,
-            "vllmctl --socket PATH, or VLLMD_SOCKET=PATH, if it listens elsewhere",
-        )
-    except PermissionError:
-        return Unreachable(
-            f"{head}: you may not enter its directory", "run it as the user whose vllmd it is, or with sudo"
-        )
-    except OSError as wrong:
-        return Unreachable(f"{head}: {wrong.strerror}")
-    if not stat.S_ISSOCK(info.st_mode):
-        return Unreachable(f"{head}: that is not a socket")
-    match error:
-        case PermissionError():
-            return Unreachable(
-                f"{head}: permission denied ({_owner(info)})",
-                "sudo usermod -aG vllmd $USER, then log in again",
-                "or run it with sudo",
-            )
-        case ConnectionRefusedError():
-            return Unreachable(
-                f"{head}: the file is there, but nobody listens: vllmd has ended", start, "journalctl -u vllmd -n 50"
-            )
-    return Unreachable(f"{head}: {error.strerror or error}")
-
-
-def _owner(info: object) -> str:
-    """ "root:vllmd 0660" of a stat result, ids where there is no name."""
-    import grp
-    import pwd
-
-    uid, gid, mode = getattr(info, "st_uid", 0), getattr(info, "st_gid", 0), getattr(info, "st_mode", 0)
-    try:
-        user = pwd.getpwuid(uid).pw_name
-    except KeyError:
-        user = str(uid)
-    try:
-        group = grp.getgrgid(gid).gr_name
-    except KeyError:
-        group = str(gid)
-    return f"owner {user}, group {group}, mode {mode & 0o777:04o}"
+    return explain(path, error)

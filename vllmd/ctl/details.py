@@ -6,8 +6,8 @@ from vllmd.ctl.bar import device_facts, device_lines
 from vllmd.ctl.call import print_json, print_lines
 from vllmd.ctl.faults import NO_ROOM, OK, Garbled
 from vllmd.ctl.look import AMBER, GREEN, SIGNS, Look
-from vllmd.ctl.table import fold_ascii, remedies
-from vllmd.ctl.words import clean, field, listed, nested, number, sized, span, wrap
+from vllmd.ctl.table import PHASES, fold_ascii, remedies
+from vllmd.ctl.words import clean, exact, field, listed, nested, number, sized, span, wrap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def why_lines(story: dict[str, Any], look: Look) -> list[str]:
     }
     for key, value in facts.items():
         if value not in (None, "", [], {}):
-            lines += spell(key, value, "  ")
+            lines += [part for line in spell(key, value, "  ") for part in wrap(line, look.columns, "    ")]
     return [fold_ascii(line, look) for line in lines]
 
 
@@ -72,6 +72,10 @@ def show(call: Call) -> int:
     return OK
 
 
+TIMES = {
+    "start_stall", "hang_after", "drain", "max_drain", "stop_timeout", "queue_timeout", "ttl", "backoff", "backoff_max",
+    "window", "reset_after", *PHASES,
+}  # fmt: skip
 SIZES = {"need", "reserved", "used", "total", "weights", "base", "kv", "size", "vram", "kv_cache", "budget", "external"}
 
 
@@ -81,6 +85,10 @@ def spell(key: str, value: object, indent: str = "") -> list[str]:
     match value:
         case _ if value in (None, "", [], {}):
             return []
+        case {"part": int() | float() as part}:
+            return [f"{indent}{name}: {part * 100:g} % of the budget"]
+        case [int() as low, int() as high] if key == "replicas":
+            return [f"{indent}{name}: {low if low == high else f'{low} to {high}'}"]
         case dict():
             inner = [line for each, item in value.items() for line in spell(str(each), item, indent + "  ")]
             return [f"{indent}{name}:", *inner] if inner else []
@@ -103,7 +111,11 @@ def spell(key: str, value: object, indent: str = "") -> list[str]:
             return [f"{indent}{name}: {'yes' if value else 'no'}"]
         case int() | float() if key in SIZES and value >= 1 << 20:
             return [f"{indent}{name}: {sized(value)}"]
-        case int() | float() if key.endswith("_s"):
+        case 0 if key == "port":
+            return [f"{indent}{name}: auto"]
+        case int() | float() if key in TIMES or (key == "total" and isinstance(value, float)):
+            return [f"{indent}{name}: {exact(value)}"]
+        case int() | float() if key.endswith("_s") and not key.endswith("_per_s"):
             return [f"{indent}{name.removesuffix('_s')}: {span(value)}"]
     return [f"{indent}{name}: {clean(value)}"]
 
@@ -114,34 +126,37 @@ def plan(call: Call) -> int:
     answer = call.client.post("/api/v1/plan", {"models": names}) if names else answered(call, "/api/v1/plan")
     if not isinstance(answer, dict):
         raise Garbled("cannot read the plan: it is no object")
-    rows = next((listed(answer, key) for key in answer if listed(answer, key)), [])
+    rows, look = listed(answer, "models"), call.look
     if call.args.json:
         print_json(answer)
     else:
-        print_lines([line for row in rows for line in plan_lines(row, call.look)] or ["nothing to plan"])
-        if text := clean(answer.get("text")):
-            print_lines([fold_ascii(text, call.look)])
+        head, each = clean(answer.get("text")), not names and len(rows) > 1
+        lines = wrap(head, look.columns) if head else []
+        lines += [line for row in rows for line in plan_lines(row, look, each)]
+        print_lines([fold_ascii(line, look) for line in lines] or ["nothing to plan"])
     return NO_ROOM if names and not all(row.get("fits") for row in rows) else OK
 
 
-def plan_lines(row: dict[str, Any], look: Look) -> list[str]:
-    """ "● chat fits on GPU 0: 5.0 GiB (measured)", its parts and flags below; or why it does not."""
-    name, need = clean(row.get("model") or row.get("name")), number(row.get("need"))
-    size = f"{sized(need)}" if need else "?"
+def plan_lines(row: dict[str, Any], look: Look, each: bool) -> list[str]:
+    """ "● chat fits on GPU 0: 5.0 GiB (measured)", its parts and flags below; or why it does not fit: "○" in this company,
+    "×" never. `each`: a plan of each model for itself, where "○" is for one that fits alone."""
+    name, need = clean(row.get("model")), number(row.get("need"))
+    size = sized(need) if need else "?"
     if not row.get("fits"):
-        sign = "×" if look.unicode else "x"
+        state, sgr = ("stopped", "") if row.get("alone") else ("failed", AMBER)
         text = clean(row.get("text")).removeprefix(f"cannot start {name}: ") or f"needs {size}, does not fit"
-        return [fold_ascii(line, look) for line in wrap(f"{look.paint(AMBER, sign)} {name}: {text}", look.columns)]
-    devices = row.get("devices")
+        first, *more = wrap(f"  {name}: {text}", look.columns)
+        return [look.paint(sgr, look.sign(state)[0]) + first[1:], *more]
+    devices, beside = row.get("devices"), row.get("beside")
     where = ", ".join(clean(each) for each in devices) if isinstance(devices, list) else ""
     how = "measured" if row.get("measured") else "estimated"
     now = ", but not beside what runs now" if row.get("fits_now") is False else ""
-    head = f"{name} fits{' on ' + where if where else ''}: {size} ({how}){now}"
-    lines = [f"{look.paint(GREEN, look.sign('ready')[0])} {head}"]
+    alone = " alone" if each and beside == [] else ""
+    sign = look.sign("stopped")[0] if alone else look.paint(GREEN, look.sign("ready")[0])
+    lines = [f"{sign} {name} fits{alone}{' on ' + where if where else ''}: {size} ({how}){now}"]
     parts = [f"{clean(part.get('label'))} {sized(field(part, 'size'))}" for part in listed(row, "parts")]
     lines += wrap("    " + " + ".join(parts), look.columns, "    ") if parts else []
-    lines += spell("flags", row.get("flags"), "    ") + spell("beside", row.get("beside"), "    ")
-    return [fold_ascii(line, look) for line in lines]
+    return lines + spell("flags", row.get("flags"), "    ") + spell("beside", beside, "    ")
 
 
 def devices(call: Call) -> int:

@@ -13,39 +13,52 @@ EXIT_CODES = {
     BAD_CONFIG: "the configuration is invalid",
     INTERRUPTED: "Ctrl-C; the start or stop goes on",
 }
+#: A hint for who has no systemd to start it with.
+BY_HAND = "vllmd --config FILE, if you run it by hand"
 
 
 class Fault(Exception):
     """The command cannot go on. `code` is the exit code, `hints` are things to do, each one line."""
 
     code = FAILED
+    kind = "failed"
 
     def __init__(self, message: str, *hints: str) -> None:
         super().__init__(message)
         self.message = message
         self.hints = [hint for hint in hints if hint]
 
+    def as_json(self) -> object:
+        """The fault as vllmd's own errors look."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": "vllmctl",
+                "code": self.kind,
+                "hint": "; ".join(self.hints),
+                "remedies": self.hints,
+            }
+        }
+
 
 class Usage(Fault):
     """The command line is wrong in a way that only shows after parsing."""
 
     code = USAGE
+    kind = "usage"
 
 
 class Unreachable(Fault):
     """No connection to vllmd, or it broke, or nothing came in time."""
 
     code = UNREACHABLE
+    kind = "unreachable"
 
 
 class Garbled(Unreachable):
     """Something answers, but not as vllmd does."""
 
-
-class Expired(Fault):
-    """The time that the caller gave is over."""
-
-    code = TIMEOUT
+    kind = "not-vllmd"
 
 
 class Refused(Fault):
@@ -59,3 +72,8 @@ class Refused(Fault):
             self.code = NO_ROOM
         elif status == 404 and kind in ("", "unknown-model", "unknown-category"):  # not: no such log
             self.code = NO_SUCH_MODEL
+
+    def as_json(self) -> object:
+        """vllmd's own answer, as far as it is one."""
+        answered = isinstance(self.body, dict) and isinstance(self.body.get("error"), dict)
+        return self.body if answered else super().as_json()

@@ -1,7 +1,8 @@
 """The status, kept up to date from vllmd's events; outlives a lost connection.
 
 A snapshot comes first on every connection, so nothing has to be resumed: what is shown is what vllmd said last.
-Between events the times in it are moved on here, by the clock.
+Between events the times in it are moved on here, by the clock. Sentences with a time in them ("start 2 of 5 in 7 s") only
+vllmd can move on: for eyes the status is asked anew each second, as long as any model is on its way.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 
 from vllmd.ctl.call import checked
 from vllmd.ctl.client import Client, Stream, parse
-from vllmd.ctl.faults import Garbled, Unreachable
+from vllmd.ctl.faults import Fault, Garbled, Unreachable
 from vllmd.ctl.words import listed, number
 
 TYPE_CHECKING = False
@@ -20,15 +21,19 @@ if TYPE_CHECKING:
 
 SILENCE = 15.0  # seconds; vllmd sends its clock each 5
 RETRY = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts to come back
+FRESH = 1.0  # seconds after which a moving picture is asked for anew
+MOVING = ("starting", "waiting", "backoff", "draining", "stopping")
 RISING, FALLING = ("since_s", "elapsed_s", "silent_s", "uptime_s"), ("eta_s", "deadline_s")
 
 
 class Feed:
     """`poll()` it; `picture()` is the status as of now. The caller closes it."""
 
-    def __init__(self, client: Client) -> None:
-        """Connect and wait for the first snapshot. Raises Unreachable, Refused."""
+    def __init__(self, client: Client, live: bool = False) -> None:
+        """Connect and wait for the first snapshot. `live`: somebody looks on. Raises Unreachable, Refused."""
         self._client = client
+        self._live = live
+        self._fresh_at = time.monotonic() + FRESH
         self._status: dict[str, Any] = {}
         self._at: dict[str, float] = {}  # model (or "" for the rest) -> when it was told
         self._heard = time.monotonic()
@@ -68,7 +73,23 @@ class Feed:
             timeout = max(0.0, min(timeout, self._retry_at - now))
         readable = select.select(watched, [], [], 0.0 if pending else timeout)[0]
         events = self._read() if self._stream is not None and (pending or self._stream in readable) else []
-        return events, keys in readable
+        return events + self._refresh(), keys in readable
+
+    def _refresh(self) -> list[tuple[str, Any]]:
+        """The status asked anew, as a snapshot, if it is time for that."""
+        now = time.monotonic()
+        if not self._live or self._stream is None or now < self._fresh_at:
+            return []
+        if not any(model.get("state") in MOVING for model in self._models()):
+            return []
+        self._fresh_at = now + FRESH
+        try:
+            status = checked(self._client.call("GET", "/api/v1/status", timeout=1.0))
+        except Fault:  # whether vllmd is away is for the stream to say; a slow one is not asked so often
+            self._fresh_at = time.monotonic() + SILENCE / 3
+            return []
+        self._take("snapshot", status)
+        return [("snapshot", status)]
 
     def picture(self) -> dict[str, Any]:
         """The status with its times moved on to now. The caller must not change what is in it."""

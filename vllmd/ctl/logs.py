@@ -78,7 +78,7 @@ def events(call: Call) -> int:
             data = parse(event.data) if event.data else None
             if call.args.json:
                 print(json.dumps({"id": event.id or None, "event": event.kind, "data": data}))
-            elif line := event_line(event.kind, data):
+            elif line := event_line(event.kind, data, after):
                 print_lines([line])
             sys.stdout.flush()
             if event.kind == "bye":
@@ -88,11 +88,13 @@ def events(call: Call) -> int:
     raise Unreachable("the events end here: the connection to vllmd broke")
 
 
-def event_line(kind: str, data: Any) -> str:
-    """ "05:12:41 qwen3-vl: waiting → starting"; "" for what only programs want."""
+def event_line(kind: str, data: Any, after: str | None = None) -> str:
+    """ "05:12:41 qwen3-vl: waiting → starting"; "" for what only programs want. `after` = where the reader began."""
     if kind == "bye":
         return f"{clock()} vllmd ends"
     if kind == "lost":
+        if after and isinstance(data, dict) and data.get("after") == int(after):
+            return f"{clock()} vllmd does not remember event {int(after)} (too old, or of an earlier run): on from now"
         return f"{clock()} some events were lost: this reader is too slow"
     if kind != "note" or not isinstance(data, dict):
         return ""

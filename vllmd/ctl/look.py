@@ -56,6 +56,53 @@ class Look:
         return "→" if self.unicode else "->"
 
 
+def has_unicode(stream: TextIO) -> bool:
+    """Whether what is written to `stream` may be more than ASCII: by its encoding, and by the locale that the user set.
+
+    Python alone does not tell: for LC_ALL=C it turns to UTF-8, and without LC_ALL it sets LC_CTYPE=C.UTF-8 itself.
+    Where no locale is set at all nobody has asked for ASCII."""
+    import os
+    import sys
+
+    if (stream.encoding or "ascii").lower().replace("-", "") not in ("utf8", "utf8sig"):
+        return False
+    env = os.environ
+    kind = env.get("LC_CTYPE")
+    if sys.flags.utf8_mode and kind == "C.UTF-8":  # perhaps Python's own: what we were started with is here
+        try:
+            with open("/proc/self/environ", "rb") as file:  # noqa: PTH123
+                began = dict(each.partition(b"=")[::2] for each in file.read().split(b"\0"))
+            kind = began.get(b"LC_CTYPE", b"").decode("ascii", "replace")
+        except OSError:
+            kind = None
+    wish = env.get("LC_ALL") or kind or env.get("LANG")
+    return not wish or "utf8" in wish.lower().replace("-", "")
+
+
+def spell(text: str, stream: TextIO) -> str:
+    """`text` in the characters that `stream` takes."""
+    if not text.isascii() and not has_unicode(stream):
+        text = ascii_of(text)
+    coding = stream.encoding or "ascii"
+    return text.encode(coding, "replace").decode(coding)
+
+
+def ascii_of(text: str) -> str:
+    """`text` with its signs as their ASCII twins, and "?" for every other letter."""
+    for sign, plain in (
+        ("…", "~"),
+        ("→", "->"),
+        ("×", "x"),
+        ("·", "-"),
+        ("●", "*"),
+        ("○", "-"),
+        ("↻", ">"),
+        ("▾", "v"),
+    ):
+        text = text.replace(sign, plain)
+    return text.encode("ascii", "replace").decode()
+
+
 def look_at(stream: TextIO, colour: str = "auto") -> Look:
     """How to draw on `stream`: from its terminal, the locale, TERM, NO_COLOR, COLUMNS. `colour` = auto|always|never."""
     import os
@@ -64,7 +111,7 @@ def look_at(stream: TextIO, colour: str = "auto") -> Look:
     terminal = stream.isatty()
     tinted = colour == "always" or (colour == "auto" and terminal and term != "dumb" and not os.environ.get("NO_COLOR"))
     # the Linux console has 512 glyphs at most, and ↻ is in few of its fonts
-    full = term != "linux" and (stream.encoding or "ascii").lower().replace("-", "") in ("utf8", "utf8sig")
+    full = term != "linux" and has_unicode(stream)
     columns = lines = 0
     if terminal:
         try:

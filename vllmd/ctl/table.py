@@ -7,7 +7,7 @@ cut: a narrow terminal loses tokens/s and ages first, then requests, then memory
 from __future__ import annotations
 
 from vllmd.ctl.bar import device_lines
-from vllmd.ctl.look import BOLD, DIM, RED, SIGNS, Look
+from vllmd.ctl.look import BOLD, DIM, RED, SIGNS, Look, ascii_of
 from vllmd.ctl.words import clean, clip, field, gib, listed, nested, number, pad, shorten, span, width, wrap
 
 TYPE_CHECKING = False
@@ -234,7 +234,4 @@ def folded(stopped: list[dict[str, Any]], look: Look) -> str:
 
 def fold_ascii(line: str, look: Look) -> str:
     """`line` in the characters that the terminal has."""
-    if look.unicode or line.isascii():
-        return line
-    line = line.replace("…", "~").replace("→", "->").replace("×", "x")
-    return line.encode("ascii", "replace").decode()
+    return line if look.unicode or line.isascii() else ascii_of(line)

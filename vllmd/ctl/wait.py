@@ -11,7 +11,7 @@ import sys
 import time
 
 from vllmd.ctl.call import complain, print_json, print_lines
-from vllmd.ctl.faults import FAILED, INTERRUPTED, NO_ROOM, OK, TIMEOUT, Garbled, Unreachable, Usage
+from vllmd.ctl.faults import BY_HAND, FAILED, INTERRUPTED, NO_ROOM, OK, TIMEOUT, Fault, Garbled, Unreachable, Usage
 from vllmd.ctl.feed import Feed
 from vllmd.ctl.look import Look, look_at
 from vllmd.ctl.table import fold_ascii, remark, rows
@@ -43,8 +43,13 @@ class Outcome:
 def run(call: Call) -> int:
     """Ask, wait, report; the exit code is that of the outcomes if they agree, else FAILED."""
     args = call.args
-    if not (args.models or args.category or args.all):
+    given = [
+        what for what, there in (("names", args.models), ("--category", args.category), ("--all", args.all)) if there
+    ]
+    if not given:
         raise Usage(f"cannot {args.command}: no model named", "name models, or give --category NAME or --all")
+    if len(given) > 1:
+        raise Usage(f"cannot {args.command}: {' and '.join(given)} exclude each other")
     answers = ask(call)
     outcomes = [done for row in answers if (done := settled(args.command, row))]
     waiting = [clean(row.get("model")) for row in answers if field(row, "status") == 202]
@@ -82,7 +87,8 @@ def settled(verb: str, row: dict[str, Any]) -> Outcome | None:
     if status == 202:
         return None
     if status < 400:
-        return Outcome(name, OK, f"{name}: {message or 'nothing to do'}")
+        named = message.startswith((f"{name} ", f"{name}:"))
+        return Outcome(name, OK, message if named else f"{name}: {message or 'nothing to do'}")
     remedies = row.get("remedies")
     hints = [clean(each) for each in remedies] if isinstance(remedies, list) else []
     return Outcome(name, NO_ROOM if status == 409 else FAILED, message or f"cannot {verb} {name}", hints)
@@ -123,11 +129,12 @@ class Waiting:
         self._look: Look = look_at(sys.stderr, call.args.color)
         self._drawn = 0
         self._away = False
+        self._ended = False  # vllmd has said goodbye
 
     def run(self) -> list[Outcome]:
         """Outcomes of all models. Ctrl-C and --timeout are outcomes too."""
         outcomes: list[Outcome] = []
-        feed = Feed(self._call.client)
+        feed = Feed(self._call.client, live=bool(self._look.lines) and not self._quiet)
         try:
             while self._left:
                 for kind, data in feed.poll(self._pause())[0]:
@@ -136,7 +143,8 @@ class Waiting:
                 limit = self._call.args.timeout
                 if self._left and limit is not None and time.monotonic() - self._began >= limit:
                     return outcomes + self._leave(feed, TIMEOUT)
-                self._check(feed)
+                if self._left:
+                    self._check(feed)
         except KeyboardInterrupt:
             return outcomes + self._leave(feed, INTERRUPTED)
         finally:
@@ -146,6 +154,7 @@ class Waiting:
 
     def _hear(self, kind: str, data: Any) -> None:
         """Take in one event: several may come at once, and none may be passed over on the way to the last."""
+        self._ended = kind == "bye" or (self._ended and kind != "snapshot")
         models = listed(data, "models") if kind == "snapshot" else [data] if kind == "model" else []
         for model in models:
             if model.get("name") in self._left:
@@ -157,10 +166,13 @@ class Waiting:
         lost = feed.lost
         if lost is not None and not self._away and not self._quiet:
             self._erase()
-            print("vllmd is away; waiting for it to come back", file=sys.stderr, flush=True)
+            what = "has ended" if self._ended else "is away"
+            print(f"vllmd {what}; waiting for it to come back", file=sys.stderr, flush=True)
         self._away = lost is not None
         if (lost or 0.0) > PATIENCE:
-            raise Unreachable(f"cannot hear vllmd for {span(PATIENCE)}: stopped waiting", "systemctl status vllmd")
+            text = f"vllmd has ended, and did not come back within {span(PATIENCE)}"
+            text = text if self._ended else f"cannot hear vllmd for {span(PATIENCE)}"
+            raise Unreachable(f"{text}: stopped waiting", "systemctl status vllmd")
 
     def _pause(self) -> float:
         limit = self._call.args.timeout
@@ -200,8 +212,11 @@ class Waiting:
         if not model:
             return Outcome(name, code, f"cannot {self._verb} {name}: it is not configured any more")
         if code != OK:
-            reason = clean(why.get("text")) or f"it is {state}, by somebody else's wish"
             prefix = f"cannot {self._verb} {name}: "
+            reason = clean(why.get("text"))
+            if not reason and self._closing():
+                return Outcome(name, code, f"{prefix}vllmd has ended", ["systemctl start vllmd", BY_HAND], state)
+            reason = reason or f"it is {state}, by somebody else's wish"
             return Outcome(name, code, prefix + reason.removeprefix(prefix), hints or [f"vllmctl why {name}"], state)
         if self._verb == "stop":
             back = f", {sized(self._held[name])} back" if self._held.get(name) else ""
@@ -210,6 +225,16 @@ class Waiting:
         used = field(model, "used")  # by the last look at the devices, which may be older than the model
         memory = f", {gib(used)} of {sized(field(model, 'reserved'))}" if used >= 0.05 * GIB else ""
         return Outcome(name, code, f"{name} ready after {took}{usual}{memory}", state=state)
+
+    def _closing(self) -> bool:
+        """Whether vllmd ends, or has: then that is why a model is down."""
+        if self._ended:
+            return True
+        try:
+            answer = self._call.client.call("GET", "/api/v1/status", timeout=2.0)
+        except Fault as fault:
+            return isinstance(fault, Unreachable)
+        return isinstance(answer, dict) and nested(answer, "daemon").get("closing") is True
 
     def _leave(self, feed: Feed, code: int) -> list[Outcome]:
         """Stop waiting; what was asked for goes on, and the caller must know."""

@@ -50,7 +50,7 @@ def watch(call: Call) -> int:
         return follow(call)
     from vllmd.ctl.screen import Ended, Screen
 
-    feed = Feed(call.client)
+    feed = Feed(call.client, live=True)
     session = Session(call, feed)
     code = OK
     try:
@@ -120,8 +120,11 @@ def frame(picture: dict[str, Any], keys: Keys, look: Look, lost: float | None, m
         return [*top, *fill(text[:room], room), *foot]
     below = [*problems(models, look), *device_trouble(picture, look)]
     # rows and sentences share what is left; neither may push the other out
-    share = min(len(below), max(room - len(models) - 2, room // 3))
-    below = ["", *below[: share - 1]] if share > 1 else []
+    share = min(1 + len(below), max(room - 1 - len(models), room // 3))
+    if 1 < share <= len(below):
+        rest = f"  {look.dots} {len(below) - share + 2} more lines: vllmctl status"
+        below = [*below[: share - 2], look.paint(DIM, clip(rest, look.columns, look.dots))]
+    below = ["", *below] if below and share > 1 else []
     head, *lines = rows(models, look, picked=keys.picked)
     shown = max(1, room - 1 - len(below))
     at = next((at for at, model in enumerate(models) if clean(model.get("name")) == keys.picked), 0)
@@ -267,6 +270,7 @@ class Session:
                 from vllmd.ctl.details import why_lines
 
                 answer = client.get(f"{path}/why")
-                keys.text = why_lines(answer, look) if isinstance(answer, dict) else []
+                lines = why_lines(answer, look) if isinstance(answer, dict) else []
+                keys.text = [line if "\x1b" in line else clip(line, look.columns, look.dots) for line in lines]
         except Fault as fault:
             keys.text = [clip(fold_ascii(clean(fault.message), look), look.columns, look.dots)]

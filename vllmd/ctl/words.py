@@ -64,6 +64,14 @@ def span(seconds: float) -> str:
     return f"{seconds / 86400:.0f} d"
 
 
+def exact(seconds: float) -> str:
+    """A time that somebody has set: "90 s", "3 min", "100 ms", with nothing rounded away."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds * 1000:g} ms" if 0 < seconds < 1 else f"{seconds:g} s"
+
+
 def seconds_of(text: str) -> float:
     """Seconds of "90", "90s", "10m", "1h30m", "2d". Raises ValueError with a spelling that works."""
     import re
@@ -125,8 +133,9 @@ def wrap(text: str, columns: int, indent: str = "  ") -> list[str]:
     """`text` in lines of at most `columns`, broken between words, later lines indented. No columns, no breaks."""
     if columns <= 0 or width(text) <= columns:
         return [text]
-    lines, line = [], ""
-    for word in text.split(" "):
+    bare = text.lstrip(" ")
+    lines, line = [], text[: len(text) - len(bare)]
+    for word in bare.split(" "):
         joined = f"{line} {word}" if line.strip() else line + word
         if line.strip() and width(joined) > columns:
             lines.append(line)

@@ -2,6 +2,7 @@
 
 import asyncio
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 from aiohttp import web
@@ -11,12 +12,12 @@ from vllmd.edge.metrics import CONTENT_TYPE, render
 from vllmd.edge.openapi import describe
 from vllmd.edge.params import Body, Kind, Param
 from vllmd.edge.route import Call, Handler, Route, plain, reply
-from vllmd.edge.sse import send_events, send_log
-from vllmd.edge.stream import encode
+from vllmd.edge.sse import send_events, send_lines, send_log
 from vllmd.events import Answer
 
 ANSWER_WITHIN = 30.0  # seconds until a wish must be answered (not fulfilled)
 LINES_MAX = 10_000
+LOG_MAX, LOG_MAX_TCP = 4 << 20, 256 << 10  # bytes of a log that are shown at once: to an admin, and over TCP
 
 
 # -- what is asked for ------------------------------------------------------------------------------------------------
@@ -24,18 +25,34 @@ LINES_MAX = 10_000
 
 def check_name(name: str, models: list[dict[str, Any]]) -> str:
     """A configured model's name. Raises Refused(404) naming the nearest."""
-    names = [model["name"] for model in models]
-    if name in names:
-        return name
-    near = difflib.get_close_matches(name, names, 1, 0.5)
-    hint = f'did you mean "{near[0]}"?' if near else f"configured: {', '.join(names[:20]) or 'none'}"
-    raise Refused(404, "unknown-model", f'no model is called "{name[:80]}"', hint)
+    return check_names([name], models)[0]
+
+
+def check_names(names: Sequence[str], models: list[dict[str, Any]]) -> list[str]:
+    """Names of configured models. Raises Refused(404) for all that are none, naming the nearest of each."""
+    known = [model["name"] for model in models]
+    wrong = [name for name in names if name not in known][:20]
+    if not wrong:
+        return list(names)
+    near = list(dict.fromkeys(found for name in wrong if (found := nearest(name, known))))
+    meant = " and ".join(f'"{found}"' for found in near)
+    hint = f"did you mean {meant}?" if near else f"configured: {', '.join(known[:20]) or 'none'}"
+    called = " or ".join(f'"{name[:80]}"' for name in wrong)
+    raise Refused(404, "unknown-model", f"no model is called {called}", hint)
+
+
+def nearest(name: str, known: list[str]) -> str | None:
+    """The name that was surely meant: nearly the same, or a name with this one in it."""
+    small = name[:100].lower()
+    near = difflib.get_close_matches(small, known, 1, 0.7)
+    parts = [each for each in known if len(small) >= 3 and small in each]
+    return next(iter(near + parts), None)
 
 
 def select(call: Call) -> list[str]:
     """The models that a bulk request means. Raises Refused when it means none."""
     models = call.backend.status()["models"]
-    wanted = {check_name(name, models) for name in call.args["models"]}
+    wanted = set(check_names(call.args["models"], models))
     category = call.args["category"]
     if category is not None:
         named = {model["name"] for model in models if category in model["category"]}
@@ -80,7 +97,7 @@ async def why(call: Call) -> web.StreamResponse:
 
 async def plan(call: Call) -> web.StreamResponse:
     known = call.backend.status()["models"]
-    return reply(await call.backend.plan([check_name(name, known) for name in call.args["models"]]))
+    return reply(await call.backend.plan(check_names(call.args["models"], known)))
 
 
 async def schema(call: Call) -> web.StreamResponse:
@@ -99,14 +116,15 @@ async def logs(call: Call) -> web.StreamResponse:
         since=args["since"],
         failed=args["failed"],
         previous=args["previous"],
+        follow=args["follow"],
+        most=LOG_MAX if call.caller.access is Access.ADMIN else LOG_MAX_TCP,
     )
     try:
         if args["follow"]:
             return await send_log(call.request, call.events, reader, call.patience)
-        text = "".join(encode(line) + "\n" for line in reader.read())
+        return await send_lines(call.request, reader, call.patience)
     finally:
         reader.close()
-    return web.Response(text=text, content_type="application/x-ndjson")
 
 
 async def events(call: Call) -> web.StreamResponse:
