@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 ENGINE := .engine
+WHEEL   = dist/vllmd_supervisor-$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' vllmd/__init__.py)-py3-none-any.whl
 
-.PHONY: help run test e2e bench lint format docs setup engine clean
+.PHONY: help run test e2e bench lint format docs wheel deb setup engine clean
 
 help:
 	@echo "make run    set up, then two real vLLM models under one memory budget (Ctrl-C ends them)"
@@ -12,6 +13,8 @@ help:
 	@echo "make e2e    the long tests: real vLLM"
 	@echo "make bench  measure; prints ratios"
 	@echo "make lint   ruff and mypy alone"
+	@echo "make deb    dist/vllmd_*.deb, a Debian package with its Python packages inside"
+	@echo "make wheel  dist/*.whl"
 
 setup: $(VENV)/.ready
 
@@ -44,6 +47,14 @@ docs: setup
 	$(BIN)/python -m vllmd.config.options > docs/config.md
 	$(BIN)/python -m vllmd.edge.openapi api > docs/api.md
 	$(BIN)/python -m vllmd.edge.openapi status > docs/status.md
+
+wheel: setup
+	@rm -rf build
+	$(BIN)/python -m pip wheel -qq --no-deps --wheel-dir dist .
+	@rm -rf build
+
+deb: wheel
+	$(BIN)/python packaging/deb/build.py $(WHEEL)
 
 clean:
 	rm -rf $(VENV) $(ENGINE) .run build dist *.egg-info

@@ -14,6 +14,7 @@ from vllmd.config.load import ConfigError, find_config, load
 from vllmd.config.paths import is_root, places
 from vllmd.edge.systemd import take, under_systemd, unit_of
 from vllmd.spec import Settings
+from vllmd.units import count
 
 EX_CONFIG = 78
 
@@ -114,8 +115,7 @@ def refuse(error: ConfigError, path: Path, *, as_json: bool) -> int:
         return EX_CONFIG
     for problem in error.problems:
         print(problem, file=sys.stderr)
-    count = len(error.problems)
-    print(f"cannot use {path}: {count} problem{'s' if count != 1 else ''}", file=sys.stderr)
+    print(f"cannot use {path}: {count(len(error.problems), 'problem')}", file=sys.stderr)
     return EX_CONFIG
 
 
@@ -130,7 +130,7 @@ def approve(settings: Settings, path: Path, *, as_json: bool) -> int:
     for warning in settings.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     files = len(settings.files)
-    print(f"{path}: good, {len(settings.models)} models" + (f" in {files} files" if files > 1 else ""))
+    print(f"{path}: good, {count(len(settings.models), 'model')}" + (f" in {files} files" if files > 1 else ""))
     return 0
 
 

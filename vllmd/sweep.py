@@ -13,11 +13,13 @@ from pathlib import Path
 from vllmd.edge import cgroup
 from vllmd.edge.kill import in_thread, kill_members
 from vllmd.edge.leftovers import clear, shared_files
+from vllmd.edge.procfs import Member
 from vllmd.edge.records import Records, boot_id
 from vllmd.edge.store import Store, Taken
 from vllmd.edge.systemd import Unit, pending_job, unit_of
 from vllmd.edge.tree import find_marked
 from vllmd.places import mark_of
+from vllmd.record import Record
 from vllmd.units import count
 
 COMES_BACK = frozenset({"restart", "try-restart", "start"})  # jobs after which a daemon is there
@@ -64,10 +66,11 @@ async def reason_to_leave(unit: Unit | None, environ: Mapping[str, str], *, by_n
 async def sweep(state_dir: Path, unit: Unit | None) -> int:
     """End everything that carries our mark or is in a model's cgroup, and forget it."""
     records = Records(state_dir / "instances", boot_id())
-    known, _ = await in_thread(records.read, LIMIT, ([], []))
-    marked = await in_thread(lambda: find_marked(mark_of(state_dir) + ":"), LIMIT, ())
-    members = frozenset(member for member, _ in marked)
-    files = await in_thread(lambda: shared_files(member.pid for member in members), LIMIT, frozenset())
+    nothing: tuple[list[Record], list[str]] = ([], [])
+    nobody: tuple[tuple[Member, str], ...] = ()
+    known, _ = await in_thread(records.read, LIMIT, nothing)
+    members = frozenset(m for m, _ in await in_thread(lambda: find_marked(mark_of(state_dir) + ":"), LIMIT, nobody))
+    files = await in_thread(lambda: shared_files(member.pid for member in members), LIMIT, frozenset[Path]())
     killed = frozenset(member.pid for member in members)
     groups = model_groups(unit)
     for group in groups:
@@ -76,12 +79,14 @@ async def sweep(state_dir: Path, unit: Unit | None) -> int:
     left = await kill_members(members)
     for group in groups:
         cgroup.remove(group)
-    for record in known:
-        if record.launch is not None:
-            launch = record.launch
-            await in_thread(lambda launch=launch: clear((), launch.scratch, launch.endpoint), LIMIT, None)  # type: ignore[misc]
-    await in_thread(lambda: clear(files, "", ""), LIMIT, None)
-    await in_thread(records.clear, LIMIT, None)
+
+    def forget() -> None:
+        clear(files, "", "")
+        for launch in (record.launch for record in known if record.launch):
+            clear((), launch.scratch, launch.endpoint)
+        records.clear()
+
+    await in_thread(forget, LIMIT, None)
     if left:
         print(f"vllmd sweep: cannot kill {', '.join(map(str, left))}", file=sys.stderr)
         return 1

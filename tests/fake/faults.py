@@ -30,6 +30,7 @@ class Faults(NamedTuple):
     hostile_log: bool = False
     lines: int = 0
     memory: int = 0
+    eat: str = ""
     workers: int = 0
     shards: int = 0
     download: int = 0
@@ -78,6 +79,16 @@ def hold(size: int) -> mmap.mmap | None:
     for start in range(0, size, 1 << 20):
         held[start : start + (1 << 20)] = b"\1" * min(1 << 20, size - start)
     return held
+
+
+def eat_when_asked(path: str) -> None:
+    """Take memory without end, 16 MiB at a time, once the file is there; to be run in a thread."""
+    while not Path(path).exists():
+        time.sleep(0.05)
+    eaten = []
+    while True:
+        eaten.append(hold(16 << 20))
+        time.sleep(0.01)
 
 
 def spawn_escapee() -> None:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from tests.fake.faults import Faults, hold, live, rename
+from tests.fake.faults import Faults, eat_when_asked, hold, live, rename
 from tests.fake.flags import Options
 from tests.fake.model import Model
 from tests.fake.texts import FAILURES, StartError, bare, log, log_worker_failure, write
@@ -33,6 +33,8 @@ def run_worker(engine: Line, rank: int, start: Start) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     held = None
     threading.Thread(target=follow, args=(engine,), daemon=True).start()
+    if start.faults.eat:
+        threading.Thread(target=eat_when_asked, args=(start.faults.eat,), daemon=True).start()
     while messages := engine.hear():
         for message in messages:
             try:
