@@ -17,7 +17,10 @@ def main() -> None:
     service.devices = {"limit": "5GiB", "reserve": "64MiB"}
     service.models = {
         "glutton": {"env": {"FAKE_START_S": "0.3", "FAKE_EAT": f"{flag}1"}, "memory_max": "300MiB"},
-        "drinker": {"env": {"FAKE_START_S": "0.3", "FAKE_EAT": f"{flag}2"}},
+        "drinker": {
+            "env": {"FAKE_START_S": "0.3", "FAKE_EAT": f"{flag}2"},
+            "restart": {"backoff": "10s", "backoff_max": "10s"},
+        },
         "bystander": {},
     }
     service.restart()

@@ -59,6 +59,8 @@ class Asking(threading.Thread):
 
 def post(connection: http.client.HTTPConnection, tokens: int, *, stream: bool) -> http.client.HTTPResponse:
     body = {"model": "alpha", "prompt": "Hello", "max_tokens": tokens, "stream": stream, "ignore_eos": True}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     return connection.getresponse()
 
@@ -131,10 +133,11 @@ def survive(service: Service, newer: str) -> None:
     say("killing vllmd under a stream")
     service.kill()
     pieces += response.read().split(b"\n")
-    tokens = sum(piece.startswith(b"data: {") for piece in pieces)
-    assert any(piece == b"data: [DONE]" for piece in pieces) and tokens >= 400, tokens
+    told = [json.loads(piece[6:]) for piece in pieces if piece.startswith(b"data: {")]
+    tokens = next(each["usage"]["completion_tokens"] for each in reversed(told) if each.get("usage"))
+    assert any(piece == b"data: [DONE]" for piece in pieces) and tokens == 400, tokens
     connection.close()
-    report("SIGKILL of vllmd under a stream of real vLLM: pieces of 400 tokens that came", f"{tokens}")
+    report("SIGKILL of vllmd under a stream of real vLLM: tokens of 400 that came", f"{tokens}")
     assert sorted(members("alpha")) == pids
     service.wait("alpha", "ready")
 

@@ -87,24 +87,27 @@ def fake_engine() -> Path:
 
 
 def real_engine() -> Path:
-    """The real vLLM of .engine, with its Python mounted where user vllmd may read it."""
+    """The real vLLM of .engine as user vllmd can run it: its packages, under a Python outside of every home."""
     folder, engine = BOX / "vllm", ROOT / ".engine"
-    home = Path(sys.base_prefix)
     python = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    if not folder.exists():
-        for source, target in (
-            (home, BOX / "python"), (engine / "models", BOX / "models"),
-            (engine / "lib" / python / "site-packages", folder / "lib" / python / "site-packages"),
-        ):  # fmt: skip
-            target.mkdir(parents=True)
-            run("mount", "--bind", source, target)
-        (folder / "bin").mkdir()
-        (folder / "bin/python").symlink_to(BOX / "python/bin" / python)
-        (folder / "pyvenv.cfg").write_text(f"home = {BOX}/python/bin\ninclude-system-site-packages = false\n")
-        command = (engine / "bin/vllm").read_text().split("\n", 1)[1]
-        (folder / "bin/vllm").write_text(f"#!{folder}/bin/python\n{command}")
-        (folder / "bin/vllm").chmod(0o755)
+    base = Path("/usr/bin") / python
+    if not base.exists():
+        base = BOX / "python/bin" / python
+        mount(Path(sys.base_prefix), BOX / "python")
+    mount(engine / "models", BOX / "models")
+    mount(engine / "lib" / python / "site-packages", folder / "lib" / python / "site-packages")
+    (folder / "bin").mkdir()
+    (folder / "bin/python").symlink_to(base)
+    (folder / "pyvenv.cfg").write_text(f"home = {base.parent}\ninclude-system-site-packages = false\n")
+    command = (engine / "bin/vllm").read_text().split("\n", 1)[1]
+    (folder / "bin/vllm").write_text(f"#!{folder}/bin/python\n{command}")
+    (folder / "bin/vllm").chmod(0o755)
     return folder / "bin/vllm"
+
+
+def mount(source: Path, target: Path) -> None:
+    target.mkdir(parents=True)
+    run("mount", "--bind", source, target)
 
 
 def dropin(name: str, text: str) -> None:
