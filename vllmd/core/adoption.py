@@ -78,7 +78,6 @@ def take_over(world: World, inst: Instance, survivor: Survivor, state: State, no
     world.emit(
         Adopt(inst.id, inst.attempt, inst.spec.name, record.launch, record.pid, record.pid_start, ready)
     )  # fmt: skip
-    world.count("adopted", inst.spec.name)
     told = f"{state}, adopted" if survivor.alive else f"{state} when it was left, gone now"
     world.note("adopted", told + (f" (up {span(now - inst.ready_at)})" if ready and inst.ready_at else ""), inst)
     match state:
