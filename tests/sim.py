@@ -28,9 +28,11 @@ from vllmd.events import (
     Ready,
     Spawn,
     Spawned,
+    Start,
+    Stop,
     Terminate,
 )
-from vllmd.facts import DeviceReading, EngineFacts, Figures, Inspection, ModelFacts
+from vllmd.facts import DeviceReading, EngineFacts, Figures, Holder, Inspection, ModelFacts
 from vllmd.spec import Cause, DaemonSpec, DeviceRule, ModelSpec, Settings
 from vllmd.units import GIB
 
@@ -49,9 +51,10 @@ LLAMA = {
 }
 
 
-def spec(name: str, vram: float = 3.0, **more: object) -> ModelSpec:
-    """A model that wants `vram` GiB."""
-    return ModelSpec(name, f"/m/{name}", vram=int(vram * GIB), max_model_len=1024, **more)  # type: ignore[arg-type]
+def spec(name: str, vram: float | None = 3.0, **more: object) -> ModelSpec:
+    """A model that wants `vram` GiB, or (None) what it is found to need."""
+    size = None if vram is None else int(vram * GIB)
+    return ModelSpec(name, f"/m/{name}", vram=size, max_model_len=1024, **more)  # type: ignore[arg-type]
 
 
 def settings(*models: ModelSpec, limit: float | None = None, reserve: float | None = 0.0) -> Settings:
@@ -61,19 +64,27 @@ def settings(*models: ModelSpec, limit: float | None = None, reserve: float | No
 
 
 class Sim:
-    """The core and everything around it."""
+    """The core and everything around it.
 
-    def __init__(self, config: Settings, *, gpus: dict[str, float] | None = None) -> None:
+    `external` is used by nobody that is seen, `programs` by others by name. A device in `silent` does not answer. `uses`
+    says what an instance uses where that is not its promise; what a `ghost` had is still in use, by nobody that is seen.
+    """
+
+    def __init__(self, config: Settings, *, gpus: dict[str, float] | None = None, blind: bool = False) -> None:
         self.core = Core(config, PLACES)
         self.now = 1000.0
         self.totals = {name: int(size * GIB) for name, size in (gpus or {"GPU-a": 8.0}).items()}
         self.external = dict.fromkeys(self.totals, 0)
+        self.programs: dict[str, dict[str, int]] = {name: {} for name in self.totals}
+        self.silent: set[str] = set(self.totals) if blind else set()
+        self.uses: dict[str, int] = {}
+        self.ghosts: dict[str, dict[str, int]] = {}
+        self.reserved = dict.fromkeys(self.totals, 0)  # after the last event
         self.commands: list[Command] = []
         self.alive: dict[str, int] = {}  # instance -> attempt with processes
         self.problems: dict[str, Cause] = {}  # model -> what preflight says
         self.answers: dict[int, Answer] = {}
         self.tickets = 0
-        self.blind = False  # the driver does not answer
         self.handled = 0
         self.send(self.reading())
         self.send(Boot())
@@ -105,6 +116,18 @@ class Sim:
             self.send(None)
         self.now = until
 
+    def live(self, seconds: float) -> None:
+        """The same, with a look at the devices every few seconds, as the daemon does it."""
+        until = self.now + seconds
+        while self.now < until:
+            self.pass_time(min(5.0, until - self.now))
+            self.look()
+
+    def sleep(self, seconds: float) -> None:
+        """The daemon is stopped meanwhile, and its timer fires when it goes on."""
+        self.now += seconds
+        self.send(None)
+
     def account(self, command: Command) -> None:
         match command:
             case Spawn():
@@ -120,8 +143,13 @@ class Sim:
         """No overcommit, no orphan, no dead end."""
         world = self.core.world
         for device, total in self.totals.items():
+            if device not in world.ledger.readings:
+                continue
             account = world.ledger.account(device)
-            assert account.reserved <= account.budget <= total, f"{device} is overcommitted"
+            # A reload may lower what is offered below what is promised already; from there it only gets less.
+            assert account.reserved <= max(account.budget, self.reserved[device]), f"{device} is overcommitted"
+            assert account.budget <= total
+            self.reserved[device] = account.reserved
         for inst in world.instances.values():
             runs = inst.id in self.alive
             assert not runs or inst.state in ALIVE, f"{inst.id} is {inst.state} and has processes"
@@ -138,26 +166,50 @@ class Sim:
     def state(self, name: str) -> State:
         return self.inst(name).state
 
-    def reading(self, *names: str) -> DevicesRead:
-        """What a look at the devices gives now: every live instance uses what it was promised."""
+    def reading(self) -> DevicesRead:
+        """What a look at the devices gives now, as the daemon's lookout does it: a tree counts for its instance until the
+        last of it is gone; what is not back after that is nobody's."""
         devices = []
+        held = self.core.world.ledger.held
         for index, (name, total) in enumerate(self.totals.items()):
-            held = self.core.world.ledger.held
-            ours = {i: held[i][name] for i in self.alive if name in held.get(i, {})}
-            used = sum(ours.values()) + self.external[name]
+            if name in self.silent:
+                continue
+            seen = [i for i in self.alive if i not in self.ghosts and name in held.get(i, {})]
+            ours = {i: self.uses.get(i, held[i][name]) for i in seen}
+            holders = [Holder(n, who, size) for n, (who, size) in enumerate(self.programs[name].items())]
+            outside = self.external[name] + sum(self.programs[name].values())
+            outside += sum(ghost.get(name, 0) for ghost in self.ghosts.values())
+            used = sum(ours.values()) + outside
             devices.append(
                 DeviceReading(
                     name, "gpu" if name != "cpu" else "cpu", index, "Sim", total, used, total, max(0, total - used),
-                    instances=ours, external=self.external[name],
+                    instances=ours, external=outside, processes=tuple(holders),
                 )
             )  # fmt: skip
-        return DevicesRead(tuple(devices))
+        return DevicesRead(tuple(devices), f"{', '.join(sorted(self.silent))} lost" if self.silent else "")
+
+    def look(self) -> None:
+        """The devices are read."""
+        self.send(self.reading())
+
+    def start(self, name: str) -> int:
+        """An operator wants it up; the ticket."""
+        ticket = self.ticket()
+        self.send(Start(name, ticket))
+        return ticket
+
+    def stop(self, name: str, now: bool = False) -> int:
+        """An operator wants it down; the ticket."""
+        ticket = self.ticket()
+        self.send(Stop(name, ticket, now))
+        return ticket
 
     def inspect(self, name: str) -> None:
         """Preflight comes back; the devices were read a moment ago, as they are every few seconds."""
-        if not self.blind:
-            self.send(self.reading())
-        inst = self.inst(name)
+        self.look()
+        inst = self.core.world.instances.get(name)
+        if inst is None:
+            return  # it only waited for its memory to be forgotten
         problem = self.problems.get(name)
         found = Inspection(
             ModelFacts(f"/m/{name}", LLAMA, 10_000_000, "f"), EngineFacts("/bin/vllm", "0.32.0", None), None
@@ -176,14 +228,25 @@ class Sim:
     def breaks(self, name: str, what: str = "exited with code 1", status: int | None = 1) -> None:
         self.send(Broken(name, self.inst(name).attempt, what, status))
 
-    def gone(self, name: str, cause: Cause | None = None) -> None:
-        """All its processes are gone, and a look at the devices shows it."""
+    def dies(self, name: str) -> None:
+        """Its processes are dead, its memory is not back yet; nobody has told."""
+        self.ghosts[name] = dict(self.core.world.ledger.held[name])
+        self.look()
+
+    def gone(self, name: str, cause: Cause | None = None, *, back: bool = True) -> None:
+        """All its processes are gone, and a look at the devices shows it, its memory `back` or not."""
+        if back:
+            self.ghosts.pop(name, None)
+        elif name not in self.ghosts:
+            self.dies(name)
         attempt = self.alive.pop(name)
         self.send(Gone(name, attempt, cause))
         self.send(self.reading())
 
     def up(self, name: str) -> None:
-        """A whole good start."""
+        """A whole good start, asked for if nobody has."""
+        if self.state(name) is State.STOPPED:
+            self.start(name)
         self.inspect(name)
         self.spawned(name)
         self.measured(name)

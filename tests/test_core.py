@@ -619,12 +619,12 @@ def test_tensor_parallel_reserves_on_all_its_devices_at_once() -> None:
 def test_nothing_is_started_on_a_device_that_fell_silent() -> None:
     """What others hold there is not known any more: refused with the reason, until it answers again."""
     sim = Sim(settings(spec("a")))
-    sim.blind = True
+    sim.silent = set(sim.totals)
     sim.pass_time(31)
     ticket = start(sim, "a")
     sim.inspect("a")
     assert sim.answers[ticket].status == 422 and "no device answers" in sim.answers[ticket].message
-    sim.blind = False
+    sim.silent = set()
     start(sim, "a")
     sim.up("a")
     assert sim.state("a") is State.READY

@@ -5,8 +5,10 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -115,7 +117,7 @@ def test_a_stop_is_finished_and_stays(vllmd: Vllmd) -> None:
     assert vllmd.tree("a") == []
     kill(vllmd)
     vllmd.start()
-    assert vllmd.look("a")["state"] == "stopped"
+    assert vllmd.wait("a", "stopped")["attempt"] == 1
     assert vllmd.stop() == 0
     vllmd.start()
     vllmd.wait("a", "ready")  # after a proper end the configuration decides
@@ -217,3 +219,55 @@ def test_killed_at_random_moments_nothing_is_lost_or_doubled(vllmd: Vllmd) -> No
         for model, up in wanted.items():
             vllmd.wait(model, "ready" if up else "stopped")
             assert len(leaders(vllmd, model)) == (1 if up else 0)
+
+
+def share_memory(vllmd: Vllmd) -> None:
+    """Have every engine hold a file in /dev/shm, as vLLM does."""
+    wrapper = vllmd.folder / "vllm"
+    tag = f"psm_{os.getpid()}_{vllmd.folder.name[-20:]}_"
+    wrapper.write_text(f'#!/bin/sh\nexec 9<>/dev/shm/{tag}$$\nexec {vllmd.defaults["executable"]} "$@"\n')
+    wrapper.chmod(0o755)
+    vllmd.defaults["executable"] = wrapper
+
+
+def shared(vllmd: Vllmd) -> set[int]:
+    """Whose files in /dev/shm are there."""
+    tag = f"psm_{os.getpid()}_{vllmd.folder.name[-20:]}_"
+    return {int(path.name.removeprefix(tag)) for path in Path("/dev/shm").glob(f"{tag}*")}
+
+
+def test_shared_memory_of_what_died_meanwhile_is_removed(vllmd: Vllmd) -> None:
+    """Nobody shows any more whose it is: it was noted while they lived."""
+    share_memory(vllmd)
+    vllmd.model("a").model("b").start()
+    a, b = vllmd.up("a", "b")
+    assert shared(vllmd) == {a["pid"], b["pid"]}
+    kill(vllmd)
+    for process in vllmd.tree("a"):
+        os.kill(process.pid, signal.SIGKILL)
+    assert shared(vllmd) == {a["pid"], b["pid"]}
+    vllmd.start()
+    after = vllmd.wait("a", lambda m: m["state"] == "ready" and m["attempt"] == 2)
+    assert shared(vllmd) == {after["pid"], b["pid"]}
+    assert vllmd.stop() == 0
+    assert shared(vllmd) == set()
+    assert sorted(path.name for path in (vllmd.state_dir / "instances").iterdir()) == []
+
+
+def test_a_stray_takes_its_shared_memory_and_its_socket_along(vllmd: Vllmd) -> None:
+    """Its record cannot be read, so it is ended by its mark; what it left is removed as well."""
+    share_memory(vllmd)
+    vllmd.model("a").start()
+    (a,) = vllmd.up("a")
+    kill(vllmd)
+    (vllmd.state_dir / "instances/a.json").write_text("{")
+    stranger = vllmd.runtime / "b.sock"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(stranger))
+        other.listen()
+        vllmd.model("b").start()
+        assert vllmd.tree("a") == [] and vllmd.look("a")["state"] == "stopped"
+        assert shared(vllmd) == set()
+        assert not Path(a["endpoint"].removeprefix("unix:")).exists()
+        assert stranger.exists()  # somebody listens there
+    stranger.unlink()

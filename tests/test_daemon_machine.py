@@ -151,6 +151,36 @@ def test_a_clock_that_jumps_moves_no_decision(vllmd: Vllmd) -> None:
     assert a["pid"] != after["pid"]
 
 
+# The monotonic clock likewise: to a process that was stopped it jumps.
+STOPPED = """
+import pathlib, time
+true, offset = time.monotonic, pathlib.Path(__file__).with_name("offset")
+time.monotonic = lambda: true() + float(offset.read_text())
+"""
+
+
+def test_a_daemon_that_was_stopped_blames_nobody(vllmd: Vllmd) -> None:
+    """Ctrl-Z for an hour, then fg: what was silent to a daemon that did not listen is neither hung nor stalled."""
+    offset = vllmd.folder / "offset"
+    offset.write_text("0")
+    (vllmd.folder / "sitecustomize.py").write_text(STOPPED)
+    vllmd.environment["PYTHONPATH"] = str(vllmd.folder)
+    vllmd.model("a", hang_after="20s").model("b", start_stall="60s", env={"FAKE_START_S": "600"}).start()
+    (a,) = vllmd.up("a")
+    vllmd.act("start", "b")
+    b = vllmd.wait("b", lambda m: m["state"] == "starting" and m["pid"])
+    draft = offset.with_suffix(".new")
+    draft.write_text("3600")
+    draft.rename(offset)
+    told = vllmd.hear(lambda line: "did not run for 60 min" in line["event"])
+    assert told["level"] == "warning"
+    vllmd.wait("a", lambda m: m["uptime_s"] > 3600)
+    for before in (a, b):
+        after = vllmd.look(before["name"])
+        assert (after["pid"], after["attempt"]) == (before["pid"], before["attempt"])
+    assert answers(vllmd.look("a"))
+
+
 def came_up(attempt: int) -> Until:
     """Ready in this attempt."""
     return lambda m: m["state"] == "ready" and m["attempt"] == attempt

@@ -1,14 +1,15 @@
 """vllmd/core/need, case, kv, activation: what a start will take, against figures of real models and of vLLM itself."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllmd.core.case import CONTEXT, SLACK
+from vllmd.core.case import CONTEXT, NCCL, SLACK
 from vllmd.core.kv import kv_bytes_per_token, kv_for
-from vllmd.core.need import estimate, learned_key
+from vllmd.core.need import estimate, learned_key, on_each
 from vllmd.facts import DeviceReading, EngineFacts, Inspection, Learned, ModelFacts, Need
 from vllmd.modelconfig import default_context, max_context, run_dtype
 from vllmd.spec import Cause, ModelSpec, Share
@@ -243,6 +244,32 @@ def test_tensor_parallel_divides_weights() -> None:
     assert parts["weights"] == 2 * GIB and parts["communication"] > 0
 
 
+@pytest.mark.parametrize("learned", [None, Learned(5 * GIB, GIB)])
+@pytest.mark.parametrize("vram", [20 * GIB, None])
+def test_tensor_parallel_keeps_what_is_there_before_vllm_looks_out_of_the_share(
+    vram: int | None, learned: Learned | None
+) -> None:
+    """CUDA's context and NCCL's buffers: share * total + both <= what is reserved."""
+    card = gpu(24 * GIB)
+    outcome = need(estimate(spec(vram=vram, max_model_len=4096, gpus=2), found(QWEN3_VL), card, learned, 2))
+    assert outcome.share is not None
+    assert outcome.share * card.total + CONTEXT + SLACK + NCCL <= outcome.total
+
+
+def test_each_card_of_a_mixed_set_is_asked_for_what_the_share_takes_of_it() -> None:
+    """More of the larger one; with a pinned cache the same, and a share that is right for both."""
+    small, large = gpu(12 * GIB), replace(gpu(24 * GIB), id="GPU-2")
+    first = need(estimate(spec(vram=9 * GIB, max_model_len=1024), found(TINY, MIB), small, None, 2))
+    kept, parts = on_each(first, [small, large])
+    assert kept.share is not None
+    assert parts["GPU-1"] == 9 * GIB and parts["GPU-2"] >= kept.share * 24 * GIB + CONTEXT + SLACK + NCCL
+    later = need(estimate(spec(vram=9 * GIB, max_model_len=1024), found(TINY, MIB), small, Learned(2 * GIB, GIB), 2))
+    kept, parts = on_each(later, [small, large])
+    assert kept.share is not None and kept.share * 24 * GIB <= 9 * GIB
+    assert parts == {"GPU-1": 9 * GIB, "GPU-2": 9 * GIB}
+    assert on_each(first, [small, replace(small, id="GPU-3")]) == (first, {"GPU-1": 9 * GIB, "GPU-3": 9 * GIB})
+
+
 def test_too_small_names_the_sum() -> None:
     """vram below weights, context and one request is refused with the sum and what would do."""
     outcome = cause(estimate(spec(vram=5 * GIB, max_model_len=4096), found(QWEN3_VL), gpu(), None))
@@ -273,6 +300,27 @@ def test_kv_cache_below_one_request_is_refused() -> None:
     assert outcome.remedies[0].text == "models.m.max_model_len = 384"
 
 
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"},
+        {"quant_method": "modelopt", "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}},
+        {"quant_method": "modelopt", "quant_algo": "FP8"},  # may say so in hf_quant_config.json
+        {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+    ],
+)
+def test_a_checkpoint_that_asks_for_a_smaller_cache_is_not_refused(quantization: Config) -> None:
+    """An FP8 cache takes half: what two bytes would need is not certain. With the type given it is."""
+    kv = (kv_bytes_per_token(QWEN3_VL) or 0) * 4096 * 3 // 4
+    config = QWEN3_VL | {"quantization_config": quantization}
+    asked = spec(kv_cache=kv, max_model_len=4096)
+    assert isinstance(estimate(asked, found(config), gpu(), None), Need)
+    forced = spec(kv_cache=kv, max_model_len=4096, args={"kv-cache-dtype": "bfloat16"})
+    assert cause(estimate(forced, found(config), gpu(), None)).kind == "kv-too-small"
+    plain = QWEN3_VL | {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    assert cause(estimate(asked, found(plain), gpu(), None)).kind == "kv-too-small"
+
+
 def test_a_window_is_never_refused_for_its_estimate() -> None:
     """Where the sum is not vLLM's own to the byte, vLLM decides."""
     assert isinstance(estimate(spec(kv_cache=64 * MIB, max_model_len=131072), found(GEMMA3), gpu(80 * GIB), None), Need)
@@ -283,6 +331,9 @@ def test_node_of_the_cpu_worker_bounds_the_cache() -> None:
     small = cpu(64 * GIB, 8 * GIB)
     asked = cause(estimate(spec(kv_cache=16 * GIB), found(TINY, MIB), small, None))
     assert asked.kind == "node-too-small"
+    assert asked.remedies[0].text == 'models.m.kv_cache = "8128MiB"'
+    heavy = cause(estimate(spec(kv_cache=GIB), found(TINY, 100 * GIB), cpu(200 * GIB, 8 * GIB), None))
+    assert heavy.kind == "node-too-small" and "kv_cache" not in heavy.remedies[0].text
     rest = need(estimate(spec(vram=32 * GIB, max_model_len=512), found(TINY, MIB), small, None))
     assert rest.kv is not None and rest.kv < 8 * GIB
 
@@ -295,18 +346,19 @@ def test_undownloaded_model_needs_a_size() -> None:
 
 
 def test_learned_key_ignores_what_it_is_used_to_fill() -> None:
-    """vram, kv_cache, timings and the spelling of flags do not change it; flags, context, version and kind do."""
-    base = learned_key(spec(args={"enforce-eager": True}), found(DOTS), "gpu", 1)
+    """vram, kv_cache, timings and the spelling of flags do not change it; flags, context, version and device do."""
+    base = learned_key(spec(args={"enforce-eager": True}), found(DOTS), [gpu()])
     assert base == learned_key(
-        spec(args={"enforce_eager": True}, vram=GIB, kv_cache=GIB, ttl=5.0), found(DOTS), "gpu", 1
+        spec(args={"enforce_eager": True}, vram=GIB, kv_cache=GIB, ttl=5.0), found(DOTS), [gpu()]
     )
     others = {
-        learned_key(spec(), found(DOTS), "gpu", 1),
-        learned_key(spec(args={"enforce-eager": True}, max_model_len=512), found(DOTS), "gpu", 1),
-        learned_key(spec(args={"enforce-eager": True}), found(DOTS), "cpu", 1),
-        learned_key(spec(args={"enforce-eager": True}), found(DOTS), "gpu", 2),
+        learned_key(spec(), found(DOTS), [gpu()]),
+        learned_key(spec(args={"enforce-eager": True}, max_model_len=512), found(DOTS), [gpu()]),
+        learned_key(spec(args={"enforce-eager": True}), found(DOTS), [cpu()]),
+        learned_key(spec(args={"enforce-eager": True}), found(DOTS), [gpu(), gpu()]),
     }
     assert base not in others and len(others) == 4
+    assert learned_key(spec(), found(DOTS), [cpu(8 * GIB)]) == learned_key(spec(), found(DOTS), [cpu(9 * GIB)])
 
 
 @pytest.mark.parametrize(

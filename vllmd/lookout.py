@@ -57,7 +57,8 @@ class Lookout:
             table = await in_thread(read_table, TABLE_LIMIT, None)
             if table is not None:
                 reap_orphans(table)
-                self._report(await self.devices({n: a.look(table) for n, a in self._attempts.items() if a.live}))
+                # Those that are being ended too: what they hold is theirs until the last of them is gone.
+                self._report(await self.devices({name: each.look(table) for name, each in self._attempts.items()}))
 
     async def devices(self, pids: Mapping[str, frozenset[int]]) -> DevicesRead:
         """One look at the devices, by one thread at a time: a driver that hangs holds that thread and nothing else."""

@@ -40,7 +40,9 @@ class Record:
     fingerprint: str = ""  # of the model's files
     measuring: bool = False
     drain_held: bool = False
+    hurried: bool = False
     crashed: bool = False
+    insisted: bool = False
 
     started: float = 0.0
     ready_at: float | None = None

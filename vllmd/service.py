@@ -5,8 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllmd import __version__
@@ -15,18 +14,22 @@ from vllmd.config.change import Change, Verdict
 from vllmd.config.change import plan as plan_change
 from vllmd.config.load import ConfigError, load
 from vllmd.core import plan, view
-from vllmd.core.placing import never_fit
+from vllmd.core.refusals import never_fit
 from vllmd.core.world import Instance
 from vllmd.edge.backend import Access, Caller, LogReader, Refused, Tallies, Verb
 from vllmd.edge.logview import LogView, find_log
+from vllmd.edge.process import inherited
+from vllmd.edge.tasks import in_thread
 from vllmd.events import Answer, Event, Reload, Restart, Start, Stop
-from vllmd.spec import Cause, Settings
+from vllmd.facts import Inspection
+from vllmd.spec import Cause, ModelSpec, Settings
+from vllmd.veil import Veil, hide, secrets_in
 
 if TYPE_CHECKING:
     from vllmd.daemon import Daemon
 
-HIDDEN = "(hidden)"
-SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+LOOKS = 2  # logs that are searched at once
+LOAD_LIMIT = 20.0  # seconds that reading a configuration may take
 
 
 class Service:
@@ -35,6 +38,7 @@ class Service:
     def __init__(self, daemon: "Daemon") -> None:
         self.daemon = daemon
         self._reloading = asyncio.Lock()
+        self._looks = asyncio.Semaphore(LOOKS)
 
     @property
     def world(self) -> Any:
@@ -94,13 +98,20 @@ class Service:
             overruns={key[1]: n for key, n in counted.items() if key[0] == "overruns"},
         )
 
-    def log(self, name: str, *, lines: int, since: float | None, failed: bool, previous: bool) -> LogReader:
-        self._instance(name)
+    def log(
+        self, name: str, *, lines: int, since: float | None, failed: bool, previous: bool, follow: bool, most: int
+    ) -> LogReader:
+        inst = self._instance(name)
         path = find_log(self.daemon.settings.daemon.log_dir, name, failed=failed, previous=previous)
         if path is None:
             kind = "failed start" if failed else ("previous start" if previous else "start")
             raise Refused(404, "no-log", f"{name} has no log of a {kind}", f"vllmctl start {name}")
-        return LogView(path, lines=lines, since=since, follow=not (failed or previous))
+        known = self.world.settings.secrets | self.daemon.shared.secrets
+        veil = Veil(known | secrets_in(inst.spec.env, inherited(os.environ)))
+        return LogView(
+            path, lines=lines, since=since, follow=follow and not (failed or previous), slots=self._looks, most=most,
+            conceal=veil,
+        )  # fmt: skip
 
     # -- act
 
@@ -121,23 +132,30 @@ class Service:
 
     async def reload(self, dry_run: bool, caller: Caller) -> Answer:
         async with self._reloading:
-            return await self._reload(dry_run)
+            answer = await self._reload(dry_run)
+        if answer.status >= 400 and not dry_run:
+            self.daemon.log.error(answer.message, first=next(iter(answer.data.get("problems", ())), ""))
+        return answer
 
     async def _reload(self, dry_run: bool) -> Answer:
         old: Settings = self.world.settings
+        unread: Settings | None = None
         try:
-            new = await asyncio.to_thread(load, self.daemon.path)
+            new = await in_thread(lambda: load(self.daemon.path), LOAD_LIMIT, unread)
         except ConfigError as error:
             problems = [str(problem) for problem in error.problems]
             count = len(problems)
             text = f"configuration not reloaded: {count} problem{'s' if count > 1 else ''}; the old one stays"
-            self.daemon.log.error(text, first=str(error.problems[0]))
             return Answer(0, 422, text, "bad-config", tuple(problems[:1]), {"problems": problems})
-        if impossible := never_fit(self.world, new):
-            return Answer(
-                0, 422, f"configuration not reloaded: {impossible[0]}", "too-big", (), {"problems": impossible}
-            )
+        if new is None:
+            return Answer(0, 503, "configuration not reloaded: its files do not answer; the old one stays", "busy")
         change = plan_change(old, new)
+        if causes := self._newly_impossible(old, new, change):
+            problems = [cause.text for cause in causes]
+            remedies = tuple(remedy.text for remedy in causes[0].remedies)
+            return Answer(
+                0, 422, f"configuration not reloaded: {problems[0]}", "too-big", remedies, {"problems": problems}
+            )
         data = change_rows(change) | {"warnings": list(new.warnings)}
         if dry_run:
             return Answer(0, 200, "nothing was changed", data=data)
@@ -147,6 +165,17 @@ class Service:
         self.daemon.post(Reload(self.daemon.settings, restart, ticket))
         answer = await future
         return Answer(0, answer.status, answer.message, data=data)
+
+    def _newly_impossible(self, old: Settings, new: Settings, change: Change) -> list[Cause]:
+        """The models that can never fit, but for those that could not before either: they have been told of, and must not
+        keep anything else from being changed."""
+        known = never_fit(self.world, old)
+        same = (Verdict.UNCHANGED, Verdict.LIVE)
+        return [
+            cause
+            for name, cause in never_fit(self.world, new).items()
+            if name not in known or change.models[name].verdict not in same
+        ]
 
     async def reload_by_signal(self) -> None:
         """SIGHUP."""
@@ -160,16 +189,28 @@ class Service:
                 return {"ok": False, "problems": [problem_row(p) for p in error.problems], "warnings": []}
             return {"ok": True, "problems": [], "warnings": list(settings.warnings)}
 
-        return await asyncio.to_thread(check)
+        nothing: dict[str, Any] | None = None
+        found = await in_thread(check, LOAD_LIMIT, nothing)
+        if found is None:
+            raise Refused(503, "busy", "the files of the configuration do not answer", "try again")
+        return found
 
     async def plan(self, names: Sequence[str]) -> dict[str, Any]:
         wanted = list(names) or list(self.world.settings.models)
-        found = await asyncio.gather(*(self.daemon.inspect(name) for name in wanted))
-        known = {
-            name: result if result is not None else Cause("unknown", f"{name} is not configured any more", "unknown")
-            for name, result in zip(wanted, found, strict=True)
-        }
-        return plan.plan(self.world, known)
+        results = await asyncio.gather(*(self._facts(name) for name in wanted))
+        found = {n: r for n, r in zip(wanted, results, strict=True) if n in self.world.settings.models}
+        return plan.plan(self.world, found, together=bool(names))
+
+    async def _facts(self, name: str) -> Inspection | Cause:
+        """What preflight finds of a model. The port that its own engine holds is no reason against it."""
+        attempt = self.daemon.attempts.get(name)
+        spec: ModelSpec = self.world.settings.models[name]
+        found: Inspection | Cause | None
+        if attempt is not None and attempt.live and spec.port and attempt.port == spec.port:
+            found = await self.daemon.lookout.preflight(replace(spec, port=None), {}, self.daemon.settings.daemon)
+        else:
+            found = await self.daemon.inspect(name)
+        return found or Cause("inspect-slow", f"the files of {name} do not answer", "files do not answer")
 
     # -- tell
 
@@ -211,26 +252,3 @@ def problem_row(problem: Any) -> dict[str, Any]:
         "hint": problem.hint,
         "text": str(problem),
     }
-
-
-def hide(value: Any, secrets: frozenset[str]) -> Any:
-    """The value as JSON, with everything secret replaced: known secrets, and what has a secret's name."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in fields(value)}
-    match value:
-        case Mapping():
-            return {
-                key: HIDDEN if looks_secret(str(key)) and isinstance(item, str) else hide(item, secrets)
-                for key, item in value.items()
-            }
-        case list() | tuple():
-            return [hide(item, secrets) for item in value]
-        case str() if any(secret and secret in value for secret in secrets):
-            return HIDDEN
-        case Path():
-            return str(value)
-    return value
-
-
-def looks_secret(name: str) -> bool:
-    return any(part in name.upper() for part in SECRET_NAMES) and name.upper() not in ("KEY",)

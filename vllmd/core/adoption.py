@@ -19,7 +19,7 @@ from vllmd.units import span
 #: Fields that an instance and its record share.
 SHARED = (
     "attempt", "wanted", "since", "deadline", "pid", "pid_start", "launch", "devices", "need", "key", "measuring",
-    "drain_held", "crashed", "started", "ready_at", "broke_at", "figures", "learned", "disturbed", "verdict", "cause",
+    "drain_held", "hurried", "crashed", "insisted", "started", "ready_at", "broke_at", "figures", "learned", "disturbed", "verdict", "cause",
     "cause_at", "cause_memory", "changed", "last", "last_at", "restarts",
 )  # fmt: skip
 

@@ -4,12 +4,13 @@ the KV cache.
 Measured constants are of vLLM 0.32 and say on what.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vllmd.core.activation import activations, batch_size, compiles
 from vllmd.core.kv import kv_bytes_per_token, kv_for, kv_shape
 from vllmd.facts import DeviceReading, Inspection, Learned, Parts
-from vllmd.modelconfig import default_context, given, quantized
+from vllmd.modelconfig import Config, default_context, given, quantized, text_config
 from vllmd.spec import ModelSpec, Share
 from vllmd.units import GIB, MIB
 
@@ -20,7 +21,7 @@ OUTSIDE = "CUDA context and slack"
 CONTEXT = 500 * MIB
 #: What the driver and NCCL may take beside it while the engine runs.
 SLACK = 256 * MIB
-#: Communication buffers of each device of a tensor-parallel set.
+#: Communication buffers of each device of a tensor-parallel set. They exist before vLLM first looks at what is free.
 NCCL = 300 * MIB
 #: Captured CUDA graphs of the default sizes.
 GRAPHS = 512 * MIB
@@ -71,8 +72,16 @@ class Case:
         """What no setting makes smaller: the parts that are certain."""
         if self.learned:
             return (("measured without KV cache", self.learned.base),)
-        processes = PROCESSES + (COMPILED if compiles(self.spec) else 0)
-        return (("weights", self.weights), ("vLLM's processes", processes) if self.cpu else (OUTSIDE, CONTEXT + SLACK))
+        if self.cpu:
+            processes = PROCESSES + (COMPILED if compiles(self.spec) else 0)
+            return ("weights", self.weights), ("vLLM's processes", processes)
+        talk = (("communication", NCCL),) if self.gpus > 1 else ()
+        return (("weights", self.weights), (OUTSIDE, CONTEXT + SLACK), *talk)
+
+
+def outside(gpus: int) -> int:
+    """What each GPU gives beside the share that vLLM is told: it is there before vLLM first looks."""
+    return CONTEXT + SLACK + (NCCL if gpus > 1 else 0)
 
 
 def describe(
@@ -97,6 +106,8 @@ def describe(
     plain = not {"hf-overrides", "kv-transfer-config", "decode-context-parallel-size", "pipeline-parallel-size"} & {
         key.replace("_", "-") for key in args
     }
+    # The checkpoint may ask for a KV cache of fewer bits itself; how many is not reckoned with, only not denied.
+    smaller_cache = kv_dtype == "auto" and asks_for_small_cache(config)
     return Case(
         spec,
         facts,
@@ -107,8 +118,25 @@ def describe(
         context,
         least,
         token,
-        (context or 0) * (token or 0) if shape is not None and shape.exact and plain else 0,
+        (context or 0) * (token or 0) if shape is not None and shape.exact and plain and not smaller_cache else 0,
     )
+
+
+def asks_for_small_cache(config: Config) -> bool:
+    """Whether the checkpoint's quantization says, or may say elsewhere, that its KV cache is quantized too
+    (utils/torch_utils.py: get_kv_cache_quant_algo_string). ModelOpt may keep that in a file of its own."""
+    for part in (config, text_config(config)):
+        for key in ("quantization_config", "compression_config"):
+            method = part.get(key)
+            if not isinstance(method, Mapping):
+                continue
+            inner = method.get("quantization")
+            tables = [method, inner] if isinstance(inner, Mapping) else [method]
+            if any(table.get("kv_cache_scheme") or table.get("kv_cache_quant_algo") for table in tables):
+                return True
+            if str(method.get("quant_method", "")).startswith("modelopt"):
+                return True
+    return False
 
 
 def loose_parts(case: Case, kv: int) -> Parts:
@@ -121,7 +149,6 @@ def loose_parts(case: Case, kv: int) -> Parts:
         parts += [("compiler", max(0, COMPILER - kv))] if compiles(case.spec) else []
     else:
         parts += [("CUDA graphs", GRAPHS)] if compiles(case.spec) else []
-        parts += [("communication", NCCL)] if case.gpus > 1 else []
     return tuple(part for part in parts if part[1])
 
 
@@ -131,7 +158,7 @@ def roomy_parts(case: Case) -> tuple[int, Parts]:
     parts = [*case.fixed, *loose_parts(case, kv), ("KV cache", kv)]
     if not (case.cpu or pinned(case)):
         # The share is cut to four decimals and taken of CUDA's total: plan for what that loses.
-        inside = sum(size for label, size in parts if label != OUTSIDE)
+        inside = sum(size for label, size in parts) - outside(case.gpus)
         parts.append(("rounding", int(inside / CUDA_PART) - inside + case.reading.engine_total // 10_000))
     return kv, tuple(parts)
 

@@ -23,12 +23,14 @@ LAST = 60  # lines looked at where a running engine gave no such sign
 
 _TRACE = "Traceback (most recent call last):"
 _QUOTED = ("    ", '  File "')  # lines of a traceback that quote the program, not its words
-_EXCEPTION = re.compile(r"(?:\w+\.)*(\w*[A-Z]\w*(?:: .*)?)")
+_EXCEPTION = re.compile(r"(?:\w+\.)*(\w+)(: .*)?")  # a class has a capital in its name
 _DULL = re.compile(r"(?:SystemExit|KeyboardInterrupt|CancelledError)\b")
 _FATAL = re.compile(
     r"EngineCore encountered an? (?:fatal error|issue)|EngineDeadError|Worker proc \S+ died|WorkerProc hit an exception"
     r"|^Fatal Python error|^terminate called"
 )
+#: Kinds of causes that no rule found: what the exit alone tells, or an exception that nobody knows.
+VAGUE = frozenset({"crashed", "engine-died", "killed", "exited", "cannot-run"})
 _FROM_OUTSIDE = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
@@ -80,7 +82,7 @@ def diagnose(
     if oom is not None:
         return _out_of_memory(oom, what, phase, ready)
     if not lines and what.startswith("cannot "):  # it never ran
-        return Cause("cannot-run", what, "cannot run", heals=False, detail=what)
+        return _never_ran(status, what)
     if status is not None and -status in _FROM_OUTSIDE:
         return _ended(status, what, phase, ready)
     said = [parse(line) for line in lines]
@@ -105,6 +107,14 @@ def _out_of_memory(held: int, what: str, phase: Phase | None, ready: bool) -> Ca
     text = f"the kernel killed it{_during(phase, ready)} for lack of host memory (it held {gib(held)})"
     remedies = (Remedy("free host memory, or raise MemoryMax= of vllmd.service or memory_max of the model"),)
     return Cause("host-oom", text, "out of host memory", remedies, detail=what, phase=_name(phase, ready))
+
+
+def _never_ran(status: int | None, what: str) -> Cause:
+    """As a shell counts: 127 there is nothing that could be run, 126 it could not be run just now."""
+    program = Remedy("correct `executable`, or install vLLM there anew: the file or the interpreter in its first line")
+    machine = Remedy("look whether processes, memory or open files have run out: TasksMax=, LimitNOFILE=")
+    passing = status == 126
+    return Cause("cannot-run", what, "cannot run", (machine if passing else program,), heals=passing, detail=what)
 
 
 def _rule(row: Mapping[str, Any]) -> Rule:
@@ -184,8 +194,8 @@ def _exceptions(said: Sequence[LogLine]) -> Iterator[str]:
         elif inside.get(line.process) and line.text.strip() and not line.text.startswith(" "):
             inside[line.process] = False
             match = _EXCEPTION.fullmatch(line.text.strip())
-            if match and not _DULL.match(match[1]):
-                yield _shorten(match[1] + _more(said, at))
+            if match and match[1].lower() != match[1] and not _DULL.match(match[1]):
+                yield _shorten(match[1] + (match[2] or "") + _more(said, at))
 
 
 def _more(said: Sequence[LogLine], at: int) -> str:

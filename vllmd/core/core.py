@@ -7,11 +7,12 @@ dropped by comparing their number.
 import difflib
 from collections.abc import Mapping, Sequence
 
-from vllmd.core import adoption, health, starts, stops
+from vllmd.core import adoption, health, reload, starts, stops, usage
 from vllmd.core.launch import Places
 from vllmd.core.ledger import Ledger
+from vllmd.core.refusals import never_fit
 from vllmd.core.states import ALIVE, State
-from vllmd.core.world import Instance, World, reply
+from vllmd.core.world import Instance, World
 from vllmd.events import (
     Alive,
     Boot,
@@ -37,7 +38,7 @@ from vllmd.events import (
     Stop,
 )
 from vllmd.facts import Learned
-from vllmd.spec import Cause, ModelSpec, Settings
+from vllmd.spec import ModelSpec, Settings
 
 Report = Inspected | Spawned | Alive | Progress | Printed | Ready | Pulse | CanaryBack | Broken | Gone
 
@@ -47,6 +48,7 @@ class Core:
 
     def __init__(self, settings: Settings, places: Places, learned: Mapping[str, Learned] | None = None) -> None:
         self.world = World(settings, places, Ledger(settings.devices), learned=dict(learned or {}))
+        self._due: float | None = None
         for spec in settings.models.values():
             self.world.instances[spec.name] = Instance(spec.name, spec)
 
@@ -56,6 +58,8 @@ class Core:
         Raises IllegalMove on a bug; the caller logs `world.story` and exits.
         """
         world = self.world
+        if self._due is not None and now - self._due > health.OVERSLEPT < now - world.now:
+            health.overslept(world, now - world.now)
         world.now = now
         match event:
             case None:
@@ -76,7 +80,7 @@ class Core:
                 if inst is not None and inst.attempt == event.attempt:
                     self._report(inst, event, now)
             case DevicesRead():
-                health.devices_read(world, event, now)
+                usage.devices_read(world, event, now)
             case Boot():
                 self._boot(event, now)
             case Start():
@@ -86,7 +90,7 @@ class Core:
             case Restart():
                 self._restart(event, now)
             case Reload():
-                self._reload(event, now)
+                reload.reload(world, event, now)
             case Shutdown():
                 self._shutdown(now)
         self._drop_removed()
@@ -97,11 +101,12 @@ class Core:
         saves: list[Command] = [adoption.keep(world, i) for i in world.instances.values() if i.id in world.dirty]
         world.dirty.clear()
         commands, world.out = saves + world.out, []
+        self._due = min((i.deadline for i in world.instances.values() if i.deadline is not None), default=None)
         return commands
 
     def next_deadline(self) -> float | None:
         """When the timer must fire next, or None."""
-        return min((i.deadline for i in self.world.instances.values() if i.deadline is not None), default=None)
+        return self._due
 
     def _report(self, inst: Instance, event: Report, now: float) -> None:
         world = self.world
@@ -142,13 +147,9 @@ class Core:
                 continue
             match inst.state:
                 case State.WAITING if inst.inspecting:
-                    text = f"cannot start {inst.id}: its files could not be checked in time (a file system that hangs?)"
-                    starts.give_up(world, inst, Cause("inspect-slow", text, "files do not answer"), now)
+                    starts.inspect_slow(world, inst, now)
                 case State.WAITING:
-                    cause = inst.cause or Cause(
-                        "no-room", f"cannot start {inst.id}: {inst.waiting_text}", "waited too long"
-                    )
-                    starts.give_up(world, inst, cause, now)
+                    starts.waited_long(world, inst, now)
                 case State.STARTING:
                     health.stalled(world, inst, now)
                 case State.READY:
@@ -176,53 +177,61 @@ class Core:
             inst = world.instances.setdefault(record.id, Instance(record.id, ModelSpec(record.model, "")))
             adoption.restore(world, inst, survivor, now)
         known = {survivor.record.id for survivor in event.survivors}
+        impossible = never_fit(world, world.settings)
         for inst in world.instances.values():
-            if inst.id not in known and inst.spec.autostart and not world.closing:
+            if inst.id in known or world.closing:
+                continue
+            if inst.id in impossible:
+                inst.wanted = inst.spec.autostart  # as soon as another configuration makes it possible
+                starts.give_up(world, inst, impossible[inst.id], now)
+            elif inst.spec.autostart:
                 starts.want(world, inst, now, patient=True)
 
     def _find(self, model: str, ticket: int | None) -> Sequence[Instance]:
         """The model's instances; an unknown name is answered with the nearest known one."""
         found = list(self.world.of(model))
-        if not found and ticket is not None:
+        if not found:
             near = difflib.get_close_matches(model, self.world.settings.models, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            self.world.emit(reply(ticket, 404, f"there is no model {model!r}{hint}"))
+            self.world.tell(ticket, 404, f"there is no model {model!r}{hint}")
         return found
 
     def _start(self, event: Start, now: float) -> None:
+        world = self.world
         for inst in self._find(event.model, event.ticket):
-            if self.world.closing:
-                self._tell(event.ticket, 503, "vllmd is shutting down")
+            spec = world.settings.models.get(inst.spec.name)
+            if world.closing:
+                world.tell(event.ticket, 503, "vllmd is shutting down")
+                continue
+            if spec is None:
+                world.tell(event.ticket, 409, f"{inst.id} was removed from the configuration and is {inst.state}")
                 continue
             match inst.state:
                 case State.STOPPED | State.FAILED | State.BACKOFF:
-                    if inst.state is not State.BACKOFF:
+                    again = inst.state is State.BACKOFF  # it would start by itself in a moment: only sooner
+                    if not again:
                         inst.failures.clear()
                     if event.ticket is not None:
                         inst.tickets.append(event.ticket)
-                    starts.want(self.world, inst, now, patient=False, spec=self.world.settings.models[inst.spec.name])
+                    starts.want(world, inst, now, patient=again, spec=spec)
                 case State.WAITING:
                     if event.ticket is not None:
                         inst.tickets.append(event.ticket)
                     if not inst.inspecting:
-                        self.world.answer(inst, 202, f"{inst.id}: {inst.waiting_text}")
+                        world.answer(inst, 202, f"{inst.id}: {inst.waiting_text}")
                 case State.STARTING:
-                    self._tell(event.ticket, 202, f"{inst.id} is starting already")
+                    world.tell(event.ticket, 202, f"{inst.id} is starting already")
                 case State.READY:
-                    self._tell(event.ticket, 200, f"{inst.id} is ready already")
+                    world.tell(event.ticket, 200, f"{inst.id} is ready already")
                 case State.DRAINING | State.STOPPING:
-                    inst.wanted = True
-                    self.world.dirty.add(inst.id)
-                    self._tell(event.ticket, 202, f"{inst.id} is stopping and will start again after that")
-
-    def _tell(self, ticket: int | None, status: int, message: str) -> None:
-        if ticket is not None:
-            self.world.emit(reply(ticket, status, message))
+                    inst.wanted = inst.insisted = True
+                    world.dirty.add(inst.id)
+                    world.tell(event.ticket, 202, f"{inst.id} is stopping and will start again after that")
 
     def _stop(self, event: Stop, now: float) -> None:
         for inst in self._find(event.model, event.ticket):
             status, text = stops.stop(self.world, inst, now, at_once=event.now)
-            self._tell(event.ticket, status, text)
+            self.world.tell(event.ticket, status, text)
             starts.pump(self.world, now)
 
     def _restart(self, event: Restart, now: float) -> None:
@@ -231,50 +240,13 @@ class Core:
                 case State.READY if not self.world.closing:
                     inst.wanted = True
                     stops.drain(self.world, inst, now, "restart")
-                    self._tell(event.ticket, 202, f"{inst.id}: draining, then starting again")
+                    self.world.tell(event.ticket, 202, f"{inst.id}: draining, then starting again")
                 case State.STARTING if not self.world.closing:
                     inst.wanted = True
                     stops.end(self.world, inst, now, "restart")
-                    self._tell(event.ticket, 202, f"{inst.id}: stopping, then starting again")
+                    self.world.tell(event.ticket, 202, f"{inst.id}: stopping, then starting again")
                 case _:
                     self._start(Start(event.model, event.ticket), now)
-
-    def _reload(self, event: Reload, now: float) -> None:
-        """Take over a checked configuration; only what must is restarted."""
-        world, new = self.world, event.settings
-        world.settings = new
-        world.ledger.rules = new.devices
-        for inst in list(world.instances.values()):
-            spec = new.models.get(inst.spec.name)
-            if spec is None:
-                stops.stop(world, inst, now)
-            elif inst.spec.name in event.restart and inst.state is State.READY:
-                stops.drain(world, inst, now, "its configuration changed")
-            elif inst.spec.name in event.restart and inst.state in (State.STARTING, State.WAITING):
-                self._change_early(inst, now)
-            elif inst.spec.name in event.restart and inst.state is State.FAILED and inst.wanted:
-                starts.want(world, inst, now, patient=True, spec=spec)
-            elif inst.spec.name not in event.restart or inst.state not in ALIVE:
-                inst.spec = spec
-                if inst.state is State.READY:
-                    health.arm(inst)
-        for spec in new.models.values():
-            if spec.name not in world.instances:
-                world.instances[spec.name] = inst = Instance(spec.name, spec, since=now)
-                if spec.autostart and not world.closing:
-                    starts.want(world, inst, now, patient=True)
-        order = {name: place for place, name in enumerate(new.models)}
-        world.instances = dict(sorted(world.instances.items(), key=lambda item: order.get(item[0], len(order))))
-        self._tell(event.ticket, 200, "configuration reloaded")
-        starts.pump(world, now)
-
-    def _change_early(self, inst: Instance, now: float) -> None:
-        """New configuration for a start that is under way: begin it anew."""
-        if inst.state is State.STARTING:
-            stops.end(self.world, inst, now, "its configuration changed")
-        else:
-            stops.stop(self.world, inst, now)
-            starts.want(self.world, inst, now, patient=True, spec=self.world.settings.models[inst.spec.name])
 
     def _shutdown(self, now: float) -> None:
         """End everything; a second call skips the drains."""

@@ -1,4 +1,4 @@
-"""Watching what runs: ready, proofs of life, hangs, memory that outgrows its promise, devices that fall silent.
+"""Watching what runs: ready, proofs of life, hangs, stalls. What it uses is watched in usage.py.
 
 vLLM's /health says 200 with a frozen engine, so a proof is something that the engine itself did: a token counter moved,
 or a 1-token request came back.
@@ -8,15 +8,13 @@ from vllmd.core.failing import profile
 from vllmd.core.policy import canary_due, hung_at
 from vllmd.core.starts import close_phase, pump, ready_text
 from vllmd.core.states import Move, State
-from vllmd.core.stops import drain, end, finish, release_drains, settled, still_settling
+from vllmd.core.stops import end, release_drains
 from vllmd.core.world import Instance, World
-from vllmd.events import Canary, CanaryBack, DevicesRead, Keep, Pulse, ReadDevices, Ready, Remember
-from vllmd.facts import DeviceReading, Learned
-from vllmd.spec import Cause, Overrun, Remedy
-from vllmd.units import MIB, gib, span
+from vllmd.events import Canary, CanaryBack, Keep, Pulse, ReadDevices, Ready
+from vllmd.spec import Cause, Remedy
+from vllmd.units import span
 
-OVERRUN_SLACK = 64 * MIB  # readings wobble; less than this over the promise is not worth a word
-OVERRUN_AFTER = 10.0  # seconds over the promise before anything is done
+OVERSLEPT = 5.0  # seconds over a deadline after which vllmd itself is taken to have been stopped
 
 
 def ready(world: World, inst: Instance, event: Ready, now: float) -> None:
@@ -26,6 +24,7 @@ def ready(world: World, inst: Instance, event: Ready, now: float) -> None:
     close_phase(inst, now)
     took = now - inst.started
     inst.measuring = False
+    inst.remeasured = inst.remeasured and inst.disturbed
     inst.pids = event.pids
     inst.cause, inst.leak, inst.changed, inst.peak = None, "", (), {}
     world.good[inst.spec.name] = profile(world, inst)
@@ -39,12 +38,17 @@ def ready(world: World, inst: Instance, event: Ready, now: float) -> None:
     pump(world, now)
 
 
+def hangs_at(inst: Instance) -> float | None:
+    """When it counts as hung if it shows nothing until then; None: it must be asked first."""
+    asked = inst.asked if inst.canary_works else inst.proved
+    return None if asked is None else hung_at(inst.proved, asked, inst.spec.hang_after)
+
+
 def arm(inst: Instance) -> None:
     """The one deadline of a ready instance: the next canary, or the time at which it counts as hung."""
-    watch_hang = inst.canary_out or not inst.canary_works
-    inst.deadline = (
-        hung_at(inst.proved, inst.spec.hang_after) if watch_hang else canary_due(inst.proved, inst.spec.hang_after)
-    )
+    hung = hangs_at(inst)
+    watch_hang = hung is not None and (inst.canary_out or not inst.canary_works)
+    inst.deadline = hung if watch_hang else canary_due(inst.proved, inst.spec.hang_after)
 
 
 def pulse(inst: Instance, event: Pulse, now: float) -> None:
@@ -72,6 +76,8 @@ def pulse(inst: Instance, event: Pulse, now: float) -> None:
 def proved(inst: Instance, now: float) -> None:
     """The engine did something."""
     inst.proved = now
+    if not inst.canary_out:
+        inst.asked = None
     arm(inst)
 
 
@@ -84,17 +90,19 @@ def canary_back(inst: Instance, event: CanaryBack, now: float) -> None:
         inst.canary_works = False
     if event.ok is not False:
         proved(inst, now)
-    else:
-        # Refused or timed out: ask again, but never later than the time at which it counts as hung.
-        again = now + inst.spec.hang_after / 8
-        inst.deadline = min(again, hung_at(inst.proved, inst.spec.hang_after))
+        return
+    # Refused or timed out: ask again, but never later than the time at which it counts as hung.
+    again, hung = now + inst.spec.hang_after / 8, hangs_at(inst)
+    inst.deadline = again if hung is None else min(again, hung)
 
 
 def silent(world: World, inst: Instance, now: float) -> None:
     """A ready instance's deadline: ask it for a token, or call it hung."""
-    if now < hung_at(inst.proved, inst.spec.hang_after):
+    hung = hangs_at(inst)
+    if hung is None or now < hung:
+        inst.asked = now if inst.asked is None else inst.asked
         inst.canary_out = True
-        inst.deadline = hung_at(inst.proved, inst.spec.hang_after)
+        inst.deadline = hangs_at(inst)
         world.emit(Canary(inst.id, inst.attempt))
         return
     seen = f"{inst.running} requests running, " if inst.running else ""
@@ -126,98 +134,14 @@ def stalled(world: World, inst: Instance, now: float) -> None:
     end(world, inst, now, cause.text, crashed=True, verdict=cause)
 
 
-def devices_read(world: World, event: DevicesRead, now: float) -> None:
-    """A look at the devices: settle ends, learn needs, see overruns and outside growth, try who waits."""
-    if event.trouble != world.trouble:
-        world.trouble = event.trouble
-        if event.trouble:
-            world.note("devices", event.trouble, level="error")
-    for reading in event.devices:
-        world.ledger.readings[reading.id] = reading
-        world.seen[reading.id] = now
-    for inst in list(world.instances.values()):
-        match inst.state:
-            case State.STARTING:
-                grew(inst, now, world.ledger.readings)
-            case State.READY:
-                grew(inst, now, world.ledger.readings)
-                learn(world, inst, now)
-                check_overrun(world, inst, now)
-            case State.STOPPING if inst.gone and settled(world, inst):
-                finish(world, inst, now)
-    check_outside(world)
-    if still_settling(world):
-        world.emit(ReadDevices())
-    pump(world, now)
-
-
-def grew(inst: Instance, now: float, readings: dict[str, DeviceReading]) -> None:
-    """Keep the peak use. During a start growth is a sign of life; what is learned is the peak since it was ready: a
-    cold compile's children come and go, and a warm start has none."""
-    for device in inst.devices:
-        used = readings[device].instances.get(inst.id, 0) if device in readings else 0
-        if used > inst.peak.get(device, 0):
-            if used > inst.peak.get(device, 0) + MIB and inst.state is State.STARTING:
-                inst.heard, inst.deadline = now, now + inst.spec.start_stall
-            inst.peak[device] = used
-
-
-def learn(world: World, inst: Instance, now: float) -> None:
-    """What the instance really takes becomes its need at the next start: the peak without the KV cache, and the KV."""
-    if inst.need is None or not inst.peak or inst.ready_at is None or inst.disturbed:
-        return
-    # What vLLM prints is rounded to 0.01 GiB; what was pinned is exact.
-    printed = None if inst.need.pinned else inst.figures.kv_bytes
-    kv = printed if printed is not None else inst.need.kv
-    if kv is None:
-        return
-    base = max(inst.peak.values()) - kv
-    known = world.learned.get(inst.key)
-    if base <= 0 or (inst.learned and known is not None and base <= known.base):
-        return
-    old = known if known and not inst.learned else None
-    phases = {str(p): s if old is None else (s + old.phases.get(str(p), s)) / 2 for p, s in inst.phases.items()}
-    if inst.resumed:
-        phases = dict(old.phases) if old else {}
-    took = inst.ready_at - inst.started
-    total = took if old is None or not old.total else (took + old.total) / 2
-    if inst.learned and known is not None:
-        phases, total = dict(known.phases), known.total
-    inst.learned = True
-    world.learned[inst.key] = Learned(base, kv, phases, total)
-    world.emit(Remember(inst.key, world.learned[inst.key]))
-
-
-def check_overrun(world: World, inst: Instance, now: float) -> None:
-    """An instance that uses more than it was promised."""
-    promise = world.ledger.held.get(inst.id, {})
-    over = max((world.ledger.readings[d].instances.get(inst.id, 0) - size for d, size in promise.items()), default=0)
-    if over <= OVERRUN_SLACK:
-        inst.over_since = None
-        return
-    if inst.over_since is None:
-        inst.over_since = now
-        world.count("overruns", inst.spec.name)
-        world.note("overrun", f"uses {gib(over)} more than its {gib(max(promise.values()))}", inst, "warning")
-    if now - inst.over_since < OVERRUN_AFTER or inst.spec.on_overrun is Overrun.WARN:
-        return
-    cause = Cause(
-        "overrun", f"used {gib(over)} more than reserved (on_overrun = {inst.spec.on_overrun})", "used too much memory"
-    )
-    inst.wanted = inst.spec.on_overrun is Overrun.RESTART
-    inst.verdict = cause
-    drain(world, inst, now, cause.text)
-
-
-def check_outside(world: World) -> None:
-    """Other programs took memory that was promised: say so once, until it is over. Running models are left alone."""
-    for device in world.seen:
-        account = world.ledger.account(device)
-        short = account.left < 0 and account.reserved > 0
-        if short and not world.short_of.get(device):
-            text = (
-                f"{account.label}: other programs took {gib(-account.left)} that is promised to models;"
-                " nothing new is started here until it is back"
-            )
-            world.note("external", text, level="warning", device=device)
-        world.short_of[device] = short
+def overslept(world: World, gap: float) -> None:
+    """A deadline is long over and nobody has told: vllmd itself was stopped or starved for up to `gap` seconds, the time
+    since its last event. It heard nobody meanwhile; whoever was silent in that time is given it back."""
+    world.note("late", f"vllmd did not run for {span(gap)}: nobody's silence in that time counts", level="warning")
+    for inst in world.instances.values():
+        inst.heard, inst.proved = inst.heard + gap, inst.proved + gap
+        if inst.asked is not None:
+            inst.asked += gap
+        # A backoff is over when it is over, and a drain's limit is a limit.
+        if inst.deadline is not None and inst.state not in (State.BACKOFF, State.DRAINING):
+            inst.deadline += gap

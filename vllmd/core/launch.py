@@ -6,8 +6,10 @@ instances (a compile is worth 20 s), the scratch directory is not (vLLM leaves s
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,12 @@ from vllmd.facts import DeviceReading, Inspection, Launch, Need
 from vllmd.spec import ModelSpec
 
 QUIET_PATHS = "/health,/metrics,/ping"
+SOCKET_LONGEST = 107  # bytes of a socket's path: the kernel's limit
+#: vLLM takes a VLLM_RPC_BASE_PATH of at most 70 bytes, as it makes sockets with 36 more below it. So the root of all scratch
+#: directories may have 48 (vllmd/places.py), and what stands below it this much.
+SCRATCH_LEAF = 21
+#: Names that `scratch_name` gives, and what becomes of them while they are removed.
+SCRATCH_NAME = re.compile(r"[a-z0-9][a-z0-9._~-]{0,19}-\d+(\.gone-\d+-\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +46,12 @@ def launch(
     at: Places,
 ) -> Launch:
     """Everything the process edge needs to start this attempt."""
-    scratch = at.scratch / f"{instance}-{attempt}"
+    scratch = at.scratch / scratch_name(instance, attempt)
     if found.port:
         endpoint = f"http://127.0.0.1:{found.port}"
         listen = ["--host", "127.0.0.1", "--port", str(found.port)]
     else:
-        path = at.runtime / f"{instance}.sock"
+        path = socket_path(at.runtime, instance)
         endpoint, listen = f"unix:{path}", ["--uds", str(path)]
     # A hub id stays one: remote code is loaded under the repository's name, not under a snapshot's folder.
     model = found.model.path if found.model.path and spec.model[0] in "/.~" else spec.model
@@ -67,6 +75,25 @@ def launch(
         scratch=str(scratch),
         cookie=f"{at.mark}:{instance}:{attempt}",
     )
+
+
+def scratch_name(instance: str, attempt: int) -> str:
+    """The name of an attempt's directory below Places.scratch."""
+    return f"{shorten(instance, SCRATCH_LEAF - 1 - len(str(attempt)))}-{attempt}"
+
+
+def socket_path(runtime: Path, instance: str) -> Path:
+    """Where an engine without a port listens."""
+    room = SOCKET_LONGEST - len(str(runtime).encode()) - len("/.sock")
+    return runtime / f"{shorten(instance, room)}.sock"
+
+
+def shorten(instance: str, room: int) -> str:
+    """The instance's name, where it is longer than `room` its beginning and a digest of it behind a "~", which no name has."""
+    if len(instance) <= room and "/" not in instance:
+        return instance
+    digest = blake2b(instance.encode(), digest_size=4).hexdigest()
+    return f"{instance[: max(1, room - 1 - len(digest))].replace('/', '~')}~{digest}"
 
 
 def memory_flags(spec: ModelSpec, need: Need) -> list[str]:

@@ -4,11 +4,12 @@
     left   = min(budget - promised, total - reserve - external - sum of max(promised, used))
 
 `limit` caps what vllmd takes; other programs count only against what is physically there. An instance that uses more
-than it was promised counts with what it uses.
+than it was promised counts with what it uses. What an instance that is being ended used and the device still shows as
+used by nobody is its own until its promise is given back: it does not count twice.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vllmd.facts import DeviceReading
 from vllmd.spec import DeviceRule
@@ -27,6 +28,7 @@ class Account:
     budget: int
     promised: Mapping[str, int]
     external: int
+    returning: Mapping[str, int] = field(default_factory=dict)  # of instances that are being ended: not yet given back
 
     @property
     def reserved(self) -> int:
@@ -59,19 +61,44 @@ class Ledger:
     rules: Mapping[str, DeviceRule] = field(default_factory=dict)
     readings: dict[str, DeviceReading] = field(default_factory=dict)
     held: dict[str, dict[str, int]] = field(default_factory=dict)
+    leaving: dict[str, dict[str, DeviceReading]] = field(default_factory=dict)  # the devices when an end began
 
     def account(self, device: str) -> Account:
         """The sums of one device. Raises KeyError for a device that was never seen."""
         reading = self.readings[device]
         rule = rule_for(reading, self.rules)
         reserve = auto_reserve(reading) if rule.reserve is None else rule.reserve
+        returning = self._returning(reading) if self.leaving else {}
         # With a display attached its own use is already inside the automatic reserve.
-        external = max(0, reading.external - (reading.display if rule.reserve is None else 0))
+        inside = reading.display if rule.reserve is None else 0
+        external = max(0, reading.external - sum(returning.values()) - inside)
         budget = max(0, reading.total - reserve)
         if rule.limit is not None:
             budget = min(budget, rule.limit)
         promised = {who: part[device] for who, part in self.held.items() if device in part}
-        return Account(reading, reserve, budget, promised, external)
+        return Account(reading, reserve, budget, promised, external, returning)
+
+    def leave(self, instance: str, devices: Iterable[str]) -> None:
+        """The instance's end begins: what its devices show now tells later what has come back."""
+        now = {device: self.readings[device] for device in devices if device in self.readings}
+        self.leaving[instance] = {
+            device: replace(reading, external=reading.external - sum(self._returning(reading).values()))
+            for device, reading in now.items()
+        }
+
+    def _returning(self, reading: DeviceReading) -> dict[str, int]:
+        """By instance: what others use more than when its end began and no other program explains, up to what it was
+        promised and is not seen to use."""
+        found: dict[str, int] = {}
+        rest = reading.external
+        for who, before in self.leaving.items():
+            if reading.id not in before:
+                continue
+            missing = self.held.get(who, {}).get(reading.id, 0) - reading.instances.get(who, 0)
+            back = max(0, min(missing, rest - before[reading.id].external - growth(before[reading.id], reading)))
+            found[who] = back
+            rest -= back
+        return found
 
     def hold(self, instance: str, parts: Mapping[str, int]) -> None:
         """Promise `parts` (device -> bytes) to an instance, in place of what it had. Raises if it does not fit."""
@@ -89,14 +116,20 @@ class Ledger:
     def release(self, instance: str) -> None:
         """Take back all promises to an instance; none is fine."""
         self.held.pop(instance, None)
+        self.leaving.pop(instance, None)
+
+
+def growth(before: DeviceReading, after: DeviceReading) -> int:
+    """Bytes that other programs, by name, use more than before."""
+    known = {(p.pid, p.name): p.used for p in before.processes}
+    return sum(max(0, p.used - known.get((p.pid, p.name), 0)) for p in after.processes)
 
 
 def rule_for(reading: DeviceReading, rules: Mapping[str, DeviceRule]) -> DeviceRule:
-    """The most special [devices.X] table for a device: its id (UUID), its index, "*"."""
-    for key in (reading.id, str(reading.index), "*"):
-        if key in rules:
-            return rules[key]
-    return DeviceRule()
+    """What is set for a device, key by key: by its id (UUID), else by its index, else by "*"."""
+    found = [rules[key] for key in (reading.id, str(reading.index), "*") if key in rules]
+    reserve = next((rule.reserve for rule in found if rule.reserve is not None), None)
+    return DeviceRule(reserve, next((rule.limit for rule in found if rule.limit is not None), None))
 
 
 def auto_reserve(reading: DeviceReading) -> int:

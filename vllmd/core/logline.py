@@ -2,11 +2,15 @@
 
 vLLM's logger writes `(EngineCore pid=12) ERROR 11-24 01:42:29 [core.py:1] words`, each line of a traceback alike, or
 JSON where told to; uvicorn writes `INFO:     words`; progress bars, warnings and uncaught tracebacks come bare.
+
+An engine may print anything: what is read here is bounded first, and no line can cost more than its length.
 """
 
 import json
 import re
 from dataclasses import dataclass
+
+LONGEST = 4096  # characters of a line that are looked at: its beginning and its end
 
 _RECORD = re.compile(
     r"(?:\((?P<process>[^()]*?) pid=\d+\) )?(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL) "
@@ -36,9 +40,10 @@ class LogLine:
 
 
 def parse(line: str) -> LogLine:
-    """Never fails: what is no record is bare text."""
+    """Never fails: what is no record is bare text. No text is longer than LONGEST."""
     if line.startswith("{") and (record := _from_json(line)) is not None:
         return record
+    line = shorten(line)
     if match := _RECORD.search(line):  # search: a bar that was being drawn may stand before it
         return LogLine(match["process"] or "", match["level"], match["text"])
     if match := _BARE.match(line):
@@ -46,6 +51,12 @@ def parse(line: str) -> LogLine:
     if match := _UVICORN.match(line):
         return LogLine("", match["level"], match["text"])
     return LogLine("", "", line)
+
+
+def shorten(text: str, longest: int = LONGEST) -> str:
+    """Without its middle, if it is longer than that: a traceback ends with what is wrong."""
+    half = (longest - 3) // 2
+    return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"
 
 
 def severity(line: str) -> int:
@@ -64,10 +75,11 @@ def severity(line: str) -> int:
 def _from_json(line: str) -> LogLine | None:
     try:
         fields = json.loads(line)
-    except ValueError:
+        if not isinstance(fields, dict) or "message" not in fields:
+            return None
+        process = str(fields.get("vllm_process_name") or fields.get("processName") or "")
+        text, trace = str(fields["message"]), fields.get("exc_info")
+        level = str(fields.get("levelname", ""))
+        return LogLine(process[:80], level[:20], shorten(f"{text}\n{trace}" if trace else text))
+    except (ValueError, RecursionError):  # nested beyond all measure, for one
         return None
-    if not isinstance(fields, dict) or "message" not in fields:
-        return None
-    process = fields.get("vllm_process_name") or fields.get("processName") or ""
-    text = f"{fields['message']}\n{fields['exc_info']}" if fields.get("exc_info") else str(fields["message"])
-    return LogLine(str(process), str(fields.get("levelname", "")), text)

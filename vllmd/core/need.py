@@ -4,7 +4,7 @@ Before the first good start a need is a sum of parts: weights from the file head
 rule. After it the measured base replaces all but the KV cache, which is then pinned. What the operator gave (`vram`) is
 reserved as given: on a GPU vLLM turns what is left after measuring into KV cache,
 
-    share = floor((vram - context - slack) / device total, 4 decimals)
+    share = floor((vram - context - slack [- communication]) / device total, 4 decimals)
 
 rounded down because vLLM rounds up, and NVML's total because CUDA's is a little smaller. Sums: facts of vLLM 0.32 in
 v1/worker/gpu_worker.py, v1/worker/cpu_worker.py.
@@ -12,11 +12,14 @@ v1/worker/gpu_worker.py, v1/worker/cpu_worker.py.
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 
-from vllmd.core.case import COMPILER, CONTEXT, GROWTH, SLACK, Case, describe, loose_parts, pinned, roomy_parts
+from vllmd.core.case import COMPILER, GROWTH, Case, describe, loose_parts, outside, pinned, roomy_parts
 from vllmd.facts import DeviceReading, Inspection, Learned, Need, Parts
 from vllmd.spec import Cause, ModelSpec, Remedy
-from vllmd.units import GIB, MIB, gib
+from vllmd.units import GIB, MIB, gib, spell_size
 
 
 def estimate(
@@ -73,7 +76,7 @@ def finish(case: Case, total: int, kv: int, parts: Parts) -> Need | Cause:
     """The need with vLLM's flags. The share is passed beside a pinned KV cache too: the free-memory check reads it."""
     share = None
     if not case.cpu:
-        ten_thousandths = (total - CONTEXT - SLACK) * 10_000 // case.reading.engine_total
+        ten_thousandths = (total - outside(case.gpus)) * 10_000 // case.reading.engine_total
         if ten_thousandths < 1 and not pinned(case):
             return too_small(case, total, kv)
         share = min(max(ten_thousandths, 1), 10_000) / 10_000
@@ -81,10 +84,31 @@ def finish(case: Case, total: int, kv: int, parts: Parts) -> Need | Cause:
     return Need(total, kv, pinned(case), share, total - kv, case.context or 0, measured, parts)
 
 
-def learned_key(spec: ModelSpec, facts: Inspection, kind: str, tp: int) -> str:
-    """Under which a measured need is kept: whatever changes it, not vram or kv_cache."""
+def on_each(need: Need, devices: Sequence[DeviceReading]) -> tuple[Need, dict[str, int]]:
+    """What each of the devices is asked for when `need` was estimated on the smallest of them.
+
+    vLLM takes the share of every device's own total, so that larger ones are asked for more. With a pinned KV cache the
+    share is only checked against what is free: there it is made small enough for the largest.
+    """
+    totals = [device.engine_total for device in devices]
+    parts = dict.fromkeys((device.id for device in devices), need.total)
+    if need.share is None or min(totals) == max(totals):
+        return need, parts
+    if need.pinned:
+        return replace(need, share=max(1, round(need.share * 10_000) * min(totals) // max(totals)) / 10_000), parts
+    beside = outside(len(devices))
+    return need, {d.id: max(need.total, math.ceil(need.share * d.engine_total) + beside) for d in devices}
+
+
+def learned_key(spec: ModelSpec, facts: Inspection, devices: Sequence[DeviceReading]) -> str:
+    """Under which a measured need is kept: whatever changes it, not vram or kv_cache. The environment may hold secrets:
+    only this digest of everything is kept."""
     args = {key.replace("_", "-"): value for key, value in spec.args.items()}
-    told = [spec.model, facts.model.fingerprint, facts.engine.version, kind, tp, spec.max_model_len, args]
+    # How much RAM a machine has changes with its hot-plugged parts and limits, what a model takes of it does not.
+    places = sorted((d.kind, d.name, 0 if d.kind == "cpu" else d.total) for d in devices)
+    told = [
+        spec.model, facts.model.fingerprint, facts.engine.version, places, spec.max_model_len, args, dict(spec.env),
+    ]  # fmt: skip
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
@@ -132,12 +156,22 @@ def kv_too_small(case: Case, kv: int) -> Cause:
 def node_too_small(case: Case, need: Need) -> Cause:
     """vLLM's CPU worker lives in the memory of one NUMA node, which may be less than the machine's."""
     spec, node = case.spec, case.reading.engine_total
+    room = (node - case.weights) // (64 * MIB) * (64 * MIB)
+    if room <= 0 or room < case.kv_certain:
+        remedy = "a smaller or quantized model: no setting makes its weights fit"
+        length = room // case.kv_token // 256 * 256 if case.kv_token else 0
+        if length > 0:
+            remedy = f"models.{spec.name}.max_model_len = {length}"
+    elif spec.vram is not None and spec.kv_cache is None:
+        remedy = f'models.{spec.name}.vram = "{spell_size(max(0, case.vram or 0) - ((need.kv or 0) - room))}"'
+    else:
+        remedy = f'models.{spec.name}.kv_cache = "{spell_size(room)}"'
     return Cause(
         "node-too-small",
         f"cannot start {spec.name}: weights {gib(case.weights)} + KV cache {gib(need.kv or 0)} exceed the {gib(node)}"
         " of the NUMA node that vLLM's CPU worker is bound to",
         "NUMA node too small",
-        (Remedy(f"lower models.{spec.name}.kv_cache or max_model_len"),),
+        (Remedy(remedy),),
         heals=False,
     )
 

@@ -33,11 +33,15 @@ _PREFIX = re.compile(r"^\[\w+\] ")  # the part of the model that is compiled: "[
 
 
 def read(line: str) -> Sign | None:
-    """The first row of the table that the line matches; None for a line that says nothing."""
-    text = _PREFIX.sub("", parse(line).text[:4096])  # the line with the whole configuration has its words in front
+    """The first row of the table that the line matches; None for a line that says nothing, or that says it in numbers
+    which are none. Never fails: what an engine prints must not end it."""
+    text = _PREFIX.sub("", parse(line).text)
     for pattern, reader in _TABLE:
         if match := pattern.search(text):
-            return reader(match)
+            try:
+                return reader(match)
+            except (ValueError, OverflowError):  # "1.2.3 GiB", a number of a thousand digits
+                return None
     return None
 
 

@@ -30,6 +30,7 @@ def canary_due(proved: float, hang_after: float) -> float:
     return proved + hang_after / 2
 
 
-def hung_at(proved: float, hang_after: float) -> float:
-    """When an engine that showed no progress since `proved` counts as hung."""
-    return proved + hang_after
+def hung_at(proved: float, asked: float, hang_after: float) -> float:
+    """When an engine that showed no progress since `proved`, and has not answered what it was `asked`, counts as hung. It
+    has had half of the time for its answer, whoever slept meanwhile."""
+    return max(proved + hang_after, asked + hang_after / 2)

@@ -4,14 +4,15 @@ An instance is placed only when three things hold at once: its need fits what is
 answers, and nobody is in the middle of measuring (or moving, if it will measure itself) on them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from vllmd.core.failing import retry_or_give_up, set_cause
 from vllmd.core.launch import launch
 from vllmd.core.ledger import device_label
 from vllmd.core.need import learned_key
-from vllmd.core.placing import Blocked, Placed, find_place, freeing, neighbours_moving, will_measure
+from vllmd.core.placing import Blocked, Placed, find_place, freeing, will_measure
+from vllmd.core.refusals import no_room
 from vllmd.core.states import Move, State
 from vllmd.core.world import Instance, World
 from vllmd.events import Inspect, Inspected, Printed, Progress, Spawn
@@ -20,6 +21,7 @@ from vllmd.spec import Cause, ModelSpec, Remedy
 from vllmd.units import gib, span
 
 SOCKET_LONGEST = 107  # bytes, the kernel's sun_path
+NO_ROOM = "no-room"  # the kind of cause that passes with others' use
 INSPECT_LIMIT = 20.0  # seconds; preflight takes well under one, but a dead network file system may hold it
 
 
@@ -36,13 +38,26 @@ def want(
     if spec is not None:
         inst.spec = spec
     inst.wanted, inst.patient = True, patient
-    inst.attempt += 1
-    inst.crashed = False
+    inst.accepted = inst.insisted = inst.crashed = False
+    world.next_attempt(inst)
+    world.move(inst, move, now)
+    begin_inspection(world, inst, now)
+
+
+def begin_inspection(world: World, inst: Instance, now: float) -> None:
+    """Look at its files."""
     inst.inspecting, inst.found, inst.waits_for = True, None, ()
     inst.waiting_text = "checking files, flags, port and memory"
-    world.move(inst, move, now)
     inst.deadline = now + INSPECT_LIMIT
     world.emit(Inspect(inst.id, inst.attempt, inst.spec.name))
+
+
+def follow(world: World, inst: Instance, now: float, spec: ModelSpec) -> None:
+    """A new configuration for one that waits: inspected anew, in its place in line, for those who asked for it."""
+    inst.spec = spec
+    world.next_attempt(inst)
+    world.dirty.add(inst.id)
+    begin_inspection(world, inst, now)
 
 
 def inspected(world: World, inst: Instance, event: Inspected, now: float) -> None:
@@ -53,7 +68,7 @@ def inspected(world: World, inst: Instance, event: Inspected, now: float) -> Non
     if event.problem is not None:
         refuse(world, inst, event.problem, now)
         return
-    inst.deadline = inst.since + inst.spec.queue_timeout
+    inst.deadline = now + inst.spec.queue_timeout
     place(world, inst, now)
 
 
@@ -69,6 +84,13 @@ def refuse(world: World, inst: Instance, cause: Cause, now: float) -> None:
     retry_or_give_up(world, inst, cause, now, now)
 
 
+def inspect_slow(world: World, inst: Instance, now: float) -> None:
+    """Its files do not answer."""
+    text = f"cannot start {inst.id}: its files could not be checked in time (a file system that hangs?)"
+    inst.inspecting = False
+    refuse(world, inst, Cause("inspect-slow", text, "files do not answer"), now)
+
+
 def give_up(world: World, inst: Instance, cause: Cause, now: float) -> None:
     """A start that cannot be: failed, everybody told."""
     world.answer(inst, 422, cause.text, cause)
@@ -77,55 +99,86 @@ def give_up(world: World, inst: Instance, cause: Cause, now: float) -> None:
 
 
 def pump(world: World, now: float) -> None:
-    """Try all who wait, oldest first. One that cannot be placed does not hold up those that fit elsewhere."""
+    """Try all who wait, oldest first. One that cannot be placed does not hold up those that fit elsewhere. Whom there was no
+    room for, and would be now, is not told so any more."""
     for inst in sorted(world.instances.values(), key=lambda i: i.since):
         if inst.state is State.WAITING and not inst.inspecting:
             place(world, inst, now)
+    for inst in world.instances.values():
+        refused = inst.state is State.STOPPED and inst.found and inst.cause and inst.cause.kind == NO_ROOM
+        if refused and isinstance(find_place(world, inst), Placed):
+            inst.cause = None
 
 
-def place(world: World, inst: Instance, now: float) -> None:
-    """Admit a waiting instance, keep it in line, or refuse it."""
+def place(world: World, inst: Instance, now: float) -> bool:
+    """Admit a waiting instance, keep it in line, or refuse it. True when all that it waits for is a neighbour's move."""
     outcome = find_place(world, inst)
     match outcome:
+        case Cause() if outcome.heals and (inst.patient or inst.accepted):
+            # What holds it up may pass, and nobody stands at the door. It keeps what it was promised.
+            inst.waits_for, inst.waiting_text = (), f"waiting for a device: {outcome.text.partition(': ')[2]}"
+            note_cause(world, inst, outcome)
         case Cause():
             give_up(world, inst, outcome, now)
         case Blocked():
             world.ledger.release(inst.id)
             coming = freeing(world, outcome)
-            if inst.patient or coming:
-                hold_in_line(world, inst, outcome, coming)
+            cause = no_room(world, outcome.asked)
+            if inst.patient or inst.accepted or coming:
+                hold_in_line(world, inst, outcome, cause, coming)
             else:
                 inst.wanted = False
-                set_cause(world, inst, outcome.cause, now)
-                world.answer(inst, 409, outcome.cause.text, outcome.cause)
-                world.move(inst, Move.CANCEL, now, outcome.cause.text)
+                set_cause(world, inst, cause, now)
+                world.answer(inst, 409, cause.text, cause)
+                world.move(inst, Move.CANCEL, now, cause.text)
+        case Placed() if outcome.busy:
+            names = ", ".join(sorted(outcome.busy))
+            inst.waits_for = tuple(sorted(outcome.busy))
+            label = ", ".join(map(device_label, outcome.devices))
+            inst.waiting_text = f"waiting for {label}: {names} {busy_word(world, outcome.busy)}"
+            inst.need, inst.devices = outcome.need, tuple(d.id for d in outcome.devices)
+            inst.accepted = True
+            world.answer(inst, 202, f"{inst.id}: {inst.waiting_text}")
+            return True
         case Placed():
-            busy = neighbours_moving(world, inst, outcome)
-            if busy:
-                names = ", ".join(sorted(busy))
-                inst.waits_for = tuple(sorted(busy))
-                inst.waiting_text = f"waiting for {device_label(outcome.devices[0])}: {names} {busy_word(world, busy)}"
-                inst.need, inst.devices = outcome.need, tuple(d.id for d in outcome.devices)
-                world.answer(inst, 202, f"{inst.id}: {inst.waiting_text}")
-            else:
-                admit(world, inst, outcome, now)
+            admit(world, inst, outcome, now)
+    return False
 
 
-def busy_word(world: World, busy: set[str]) -> str:
+def waited_long(world: World, inst: Instance, now: float) -> None:
+    """`queue_timeout` is over. A neighbour that starts has its own limits, and an automatic start does not give up what it
+    is there for: both wait on. An operator's, accepted because memory was coming free, is told that it did not."""
+    moves_only = place(world, inst, now)
+    if inst.state is not State.WAITING:
+        return
+    if moves_only or inst.patient:
+        if now - inst.since < 2 * inst.spec.queue_timeout:
+            world.note("waiting", f"for {span(now - inst.since)} now: {inst.waiting_text}", inst, "warning")
+        inst.deadline = now + inst.spec.queue_timeout
+    else:
+        give_up(world, inst, inst.cause or Cause(NO_ROOM, inst.waiting_text, "waited too long"), now)
+
+
+def busy_word(world: World, busy: Iterable[str]) -> str:
     return "is measuring its memory" if any(world.instances[b].measuring for b in busy) else "is stopping"
 
 
-def hold_in_line(world: World, inst: Instance, blocked: Blocked, coming: tuple[str, ...]) -> None:
+def hold_in_line(world: World, inst: Instance, blocked: Blocked, cause: Cause, coming: tuple[str, ...]) -> None:
     """Wait for memory: it is being freed, or an automatic start can afford to."""
     inst.waits_for = coming
-    inst.patient = True  # accepted is accepted: what was promised to come may come late
-    label = device_label(world.ledger.readings[blocked.devices[0]]) if blocked.devices else "a device"
-    left = world.ledger.account(blocked.devices[0]).left if blocked.devices else 0
-    inst.waiting_text = f"waiting for memory: needs {gib(blocked.need)} on {label}, {gib(max(0, left))} left"
+    inst.accepted = True  # accepted is accepted: what was promised to come may come late
+    account = blocked.asked.account
+    left = gib(max(0, account.left))
+    inst.waiting_text = f"waiting for memory: needs {gib(blocked.asked.size)} on {account.label}, {left} left"
     if coming:
         inst.waiting_text += f"; {', '.join(coming)} {'is' if len(coming) == 1 else 'are'} stopping"
-    set_cause(world, inst, blocked.cause, inst.since)
+    note_cause(world, inst, cause)
     world.answer(inst, 202, f"{inst.id}: {inst.waiting_text}")
+
+
+def note_cause(world: World, inst: Instance, cause: Cause) -> None:
+    """Why it waits; since when does not change with every look."""
+    set_cause(world, inst, cause, inst.since)
 
 
 def admit(world: World, inst: Instance, place: Placed, now: float) -> None:
@@ -136,16 +189,15 @@ def admit(world: World, inst: Instance, place: Placed, now: float) -> None:
     if not inst.found.port and len(str(socket)) > SOCKET_LONGEST:
         give_up(world, inst, long_socket(inst, str(socket)), now)
         return
-    world.ledger.hold(inst.id, dict.fromkeys(devices, place.need.total))
+    world.ledger.hold(inst.id, place.parts)
     inst.need, inst.devices = place.need, devices
-    inst.key = learned_key(inst.spec, inst.found, place.devices[0].kind, len(devices))
+    inst.key = learned_key(inst.spec, inst.found, place.devices)
     inst.launch = launch(inst.spec, inst.id, inst.attempt, place.need, inst.found, place.devices, world.places)
-    inst.measuring = will_measure(place)
+    inst.measuring = will_measure(place.need, place.devices)
     reset_start(inst, now)
     world.answer(inst, 202, f"{inst.id}: starting")
-    world.move(
-        inst, Move.ADMIT, now, f"{gib(place.need.total)} reserved on {', '.join(map(device_label, place.devices))}"
-    )
+    sizes = " + ".join(gib(size) for size in dict.fromkeys(place.parts.values()))
+    world.move(inst, Move.ADMIT, now, f"{sizes} reserved on {', '.join(map(device_label, place.devices))}")
     inst.deadline = now + inst.spec.start_stall
     world.emit(Spawn(inst.id, inst.attempt, inst.spec.name, inst.launch))
 
@@ -165,9 +217,11 @@ def reset_start(inst: Instance, now: float) -> None:
     inst.started, inst.heard, inst.phase_since = now, now, now
     inst.phase, inst.phase_fraction, inst.phase_note, inst.phases = None, None, "", {}
     inst.figures, inst.learned, inst.peak, inst.over_since = Figures(), False, {}, None
-    inst.pid, inst.pid_start, inst.pids, inst.ready_at, inst.canary_out = None, 0, (), None, False
+    inst.pid, inst.pid_start, inst.pids, inst.ready_at = None, 0, (), None
+    inst.canary_out, inst.canary_works, inst.asked = False, True, None
     inst.running, inst.waiting, inst.tokens, inst.tokens_per_s = 0, 0, 0.0, 0.0
     inst.crashed, inst.gone, inst.verdict, inst.drain_held, inst.leak = False, False, None, False, ""
+    inst.hurried, inst.accepted = False, False
     inst.disturbed, inst.resumed = False, False
     inst.waits_for, inst.waiting_text = (), ""
 

@@ -33,7 +33,7 @@ class Move(StrEnum):
     REST = "rest"  # tree gone, memory back, nobody wants it
     RETRY = "retry"  # ... crashed, or refused by a preflight, and may heal
     AGAIN = "again"  # ... wanted again at once
-    GIVE_UP = "give_up"  # cannot heal, or failed too often, or waited too long
+    GIVE_UP = "give_up"  # cannot heal, failed too often, waited too long, or can never fit
     CANCEL = "cancel"  # not wanted any more before anything ran
 
 
@@ -43,7 +43,7 @@ class IllegalMove(Exception):
 
 S, M = State, Move
 MOVES: Mapping[State, Mapping[Move, State]] = {
-    S.STOPPED: {M.WANT: S.WAITING, M.ADOPT: S.STARTING},
+    S.STOPPED: {M.WANT: S.WAITING, M.ADOPT: S.STARTING, M.GIVE_UP: S.FAILED},
     S.WAITING: {M.ADMIT: S.STARTING, M.CANCEL: S.STOPPED, M.RETRY: S.BACKOFF, M.GIVE_UP: S.FAILED},
     S.STARTING: {M.READY: S.READY, M.END: S.STOPPING},
     S.READY: {M.DRAIN: S.DRAINING, M.END: S.STOPPING},

@@ -4,7 +4,11 @@
 left and the memory is back does the instance move on.
 """
 
+from dataclasses import replace
+
+from vllmd.core.cause import VAGUE
 from vllmd.core.failing import retry_or_give_up, set_cause
+from vllmd.core.ledger import device_label
 from vllmd.core.starts import pump, want
 from vllmd.core.states import Move, State
 from vllmd.core.world import Instance, World
@@ -14,13 +18,13 @@ from vllmd.units import MIB, gib, span
 
 KILL_AGAIN = 15.0  # seconds until a kill that reported nothing is repeated
 SETTLE_LIMIT = 60.0  # seconds that memory may take to come back before it counts as leaked
-SETTLED = 256 * MIB  # how exactly a device must return to what others used before the start
+SETTLED = 256 * MIB  # how exactly a device must return to what others used before the end
 HOLD_LIMIT = 600.0  # seconds that a drain waits for a neighbour that measures
 
 
 def stop(world: World, inst: Instance, now: float, *, at_once: bool = False) -> tuple[int, str]:
     """The instance is not wanted any more. The status and sentence to answer with."""
-    inst.wanted = False
+    inst.wanted = inst.insisted = False
     world.dirty.add(inst.id)
     match inst.state:
         case State.STOPPED:
@@ -36,24 +40,42 @@ def stop(world: World, inst: Instance, now: float, *, at_once: bool = False) -> 
         case State.STARTING:
             # SIGTERM during a start is swallowed or deadlocks, depending on the phase: only the kill is sure.
             end(world, inst, now, "stopped while starting")
-        case State.READY if at_once:
-            end(world, inst, now, "stopped at once")
+        case State.READY | State.DRAINING if at_once:
+            return cut(world, inst, now)
         case State.READY:
             drain(world, inst, now, "stop")
-        case State.DRAINING if at_once:
-            end(world, inst, now, "drain cut short")
         case State.DRAINING | State.STOPPING:
             return 202, f"{inst.id} is stopping already"
     return 202, f"{inst.id}: {inst.state}"
 
 
+def cut(world: World, inst: Instance, now: float) -> tuple[int, str]:
+    """End it without a drain. A neighbour that measures is waited for, unless the wish is repeated: what comes free in
+    its window would become its KV cache."""
+    beside = [] if world.closing or inst.hurried else measuring_beside(world, inst)
+    if inst.state is State.READY and beside:
+        drain(world, inst, now, "stop at once")
+    if not inst.drain_held or not beside:
+        end(world, inst, now, "stopped at once" if inst.state is State.READY else "drain cut short")
+        return 202, f"{inst.id}: {inst.state}"
+    inst.hurried = True
+    whom = ", ".join(beside)
+    return 202, f"{inst.id} is stopped when {whom} has measured its memory; ask again to stop it without waiting"
+
+
+def measuring_beside(world: World, inst: Instance) -> list[str]:
+    """The others that measure on its devices now."""
+    return [
+        other.id
+        for other in world.instances.values()
+        if other.measuring and other is not inst and set(other.devices) & set(inst.devices)
+    ]
+
+
 def drain(world: World, inst: Instance, now: float, why: str) -> None:
     """Let the engine finish what it has; held back while a neighbour measures."""
     world.move(inst, Move.DRAIN, now, why)
-    inst.drain_held = any(
-        other.measuring and other is not inst and set(other.devices) & set(inst.devices)
-        for other in world.instances.values()
-    )
+    inst.drain_held = bool(measuring_beside(world, inst))
     if inst.drain_held and not world.closing:
         inst.deadline = now + HOLD_LIMIT
         world.note("window", "its stop waits until a neighbour has measured its memory", inst)
@@ -62,8 +84,12 @@ def drain(world: World, inst: Instance, now: float, why: str) -> None:
 
 
 def terminate(world: World, inst: Instance, now: float) -> None:
-    """SIGTERM to the leader, and a limit: once vLLM's own drain limit cut it off, its API server may hang for ever."""
+    """SIGTERM to the leader, and a limit: once vLLM's own drain limit cut it off, its API server may hang for ever. One
+    that was to be stopped at once, and only waited for a neighbour, is ended."""
     inst.drain_held = False
+    if inst.hurried:
+        end(world, inst, now, "stopped at once")
+        return
     inst.deadline = now + inst.spec.drain + inst.spec.stop_timeout
     world.dirty.add(inst.id)
     world.emit(Terminate(inst.id, inst.attempt))
@@ -72,8 +98,7 @@ def terminate(world: World, inst: Instance, now: float) -> None:
 def release_drains(world: World, now: float) -> None:
     """The held drains whose neighbours have measured."""
     for inst in world.instances.values():
-        held = inst.state is State.DRAINING and inst.drain_held
-        if held and not any(o.measuring and set(o.devices) & set(inst.devices) for o in world.instances.values()):
+        if inst.state is State.DRAINING and inst.drain_held and not measuring_beside(world, inst):
             terminate(world, inst, now)
 
 
@@ -98,8 +123,7 @@ def end(
         inst.verdict = verdict
     inst.measuring = False
     inst.gone = False
-    readings = world.ledger.readings
-    inst.outside = {device: readings[device].external for device in inst.devices if device in readings}
+    world.ledger.leave(inst.id, inst.devices)
     for other in world.instances.values():
         other.disturbed |= other.measuring and bool(set(other.devices) & set(inst.devices))
     world.move(inst, Move.END, now, text)
@@ -119,6 +143,9 @@ def gone(world: World, inst: Instance, event: Gone, now: float) -> None:
         world.note("leak", inst.leak, inst, "error")
     if inst.crashed and inst.verdict is None:
         inst.verdict = event.cause
+    elif inst.verdict is not None and inst.verdict.kind == "stalled" and event.cause and event.cause.kind not in VAGUE:
+        # Its log knows why it stood still.
+        inst.verdict = replace(event.cause, text=f"{event.cause.text} ({inst.verdict.text})")
     inst.deadline = now + SETTLE_LIMIT
     if settled(world, inst):
         finish(world, inst, now)
@@ -128,7 +155,7 @@ def gone(world: World, inst: Instance, event: Gone, now: float) -> None:
 
 def settled(world: World, inst: Instance) -> bool:
     """Whether the memory is back. On "cpu" it is once the processes are gone: the kernel frees first, then reports the
-    exit. A GPU's driver may take longer: what others use must have returned to what it was before the start. Nobody
+    exit. A GPU's driver may take longer: what nobody is seen to use must have returned to what it was before. Nobody
     waits for it when all is ended: nothing is started after that, and a driver that is dead would never answer."""
     if world.closing:
         return True
@@ -138,7 +165,7 @@ def settled(world: World, inst: Instance) -> bool:
             continue
         if world.seen.get(device, 0.0) < inst.since or reading.instances.get(inst.id, 0):
             return False
-        if reading.external > inst.outside.get(device, reading.external) + SETTLED:
+        if world.ledger.account(device).returning.get(inst.id, 0) > SETTLED:
             return False
     return True
 
@@ -150,6 +177,12 @@ def still_settling(world: World) -> bool:
 
 def give_up_settling(world: World, inst: Instance, now: float) -> None:
     """The memory did not come back: say who holds it. From now on it counts as external: nothing is overcommitted."""
+    silent = [d for d in inst.devices if d in world.ledger.readings and world.seen.get(d, 0.0) < inst.since]
+    if silent:
+        labels = ", ".join(device_label(world.ledger.readings[device]) for device in silent)
+        world.note("devices", f"{labels} does not answer: whether its memory came back is not known", inst, "warning")
+        finish(world, inst, now)
+        return
     readings = [world.ledger.readings[device] for device in inst.devices if device in world.ledger.readings]
     holders = [f"{h.name}[{h.pid}] {gib(h.used)}" for reading in readings for h in reading.processes]
     inst.leak = f"memory did not come back within {span(SETTLE_LIMIT)}"
@@ -163,25 +196,38 @@ def give_up_settling(world: World, inst: Instance, now: float) -> None:
 def finish(world: World, inst: Instance, now: float) -> None:
     """Ended and settled: rest, again, retry or give up."""
     inst.pid, inst.pids, inst.ready_at, inst.launch = None, inst.pids if inst.leak else (), None, None
-    if inst.crashed:
-        after_crash(world, inst, now)
-    elif inst.wanted and not world.closing:
-        want(world, inst, now, patient=True, spec=world.settings.models.get(inst.spec.name), move=Move.AGAIN)
+    world.ledger.leaving.pop(inst.id, None)
+    wanted = inst.wanted and not world.closing and inst.spec.name in world.settings.models
+    own_end = inst.verdict is not None and not inst.crashed  # vllmd ended it, for a reason that counts as a failure
+    if inst.crashed or own_end:
+        cause = inst.verdict or Cause("crashed", f"{inst.id} ended and left no reason in its log", "crashed")
+        set_cause(world, inst, cause, now)
+        inst.last, inst.last_at = cause, inst.broke_at
+        after_failure(world, inst, cause, wanted, now)
+    elif wanted:
+        again(world, inst, now)
     else:
-        inst.cause = inst.verdict
+        inst.cause = None
         world.move(inst, Move.REST, now)
+    if any(inst.id in reading.instances for reading in world.ledger.readings.values()):
+        world.emit(ReadDevices())  # the last look still shows it
     pump(world, now)
 
 
-def after_crash(world: World, inst: Instance, now: float) -> None:
-    """Restart policy: never what cannot heal, never more than `max_failures` in the window, else after a backoff."""
-    cause = inst.verdict or Cause("crashed", f"{inst.id} ended and left no reason in its log", "crashed")
-    set_cause(world, inst, cause, now)
-    inst.last, inst.last_at = cause, inst.broke_at
-    if not inst.wanted or world.closing:
+def again(world: World, inst: Instance, now: float) -> None:
+    """Straight into the next start, with the newest configuration."""
+    want(world, inst, now, patient=True, spec=world.settings.models[inst.spec.name], move=Move.AGAIN)
+
+
+def after_failure(world: World, inst: Instance, cause: Cause, wanted: bool, now: float) -> None:
+    """Restart policy: never what cannot heal, never more than `max_failures` in the window, else after a backoff. An
+    operator who asked for it meanwhile is obeyed as with a failed one."""
+    if not wanted:
         world.move(inst, Move.REST, now, cause.text)
-        return
-    if not cause.heals:
+    elif inst.insisted:
+        inst.failures.clear()
+        again(world, inst, now)
+    elif not cause.heals:
         world.move(inst, Move.GIVE_UP, now, f"{cause.text} (not retried: trying again cannot help)")
-        return
-    retry_or_give_up(world, inst, cause, inst.broke_at, now)
+    else:
+        retry_or_give_up(world, inst, cause, inst.broke_at, now)

@@ -57,8 +57,10 @@ def model(world: World, inst: Instance, now: float) -> Json:
     view = outlook(world, inst, now)
     starting, up = inst.state is State.STARTING, inst.state in (State.READY, State.DRAINING)
     promise = world.ledger.held.get(inst.id, {})
-    used = {d: world.ledger.readings[d].instances.get(inst.id, 0) for d in inst.devices if d in world.ledger.readings}
     held = inst.state in HOLDING
+    # Of one that has ended the last reading may still tell; what it left behind for good is told.
+    shown = inst.devices if held or inst.leak else ()
+    used = {d: world.ledger.readings[d].instances.get(inst.id, 0) for d in shown if d in world.ledger.readings}
     return {
         "name": inst.spec.name,
         "model": inst.spec.model,

@@ -21,6 +21,7 @@ PHASES = {
     Phase.GRAPHS: ("capturing graphs", "graphs"),
     Phase.HTTP: ("opening the port", "opening port"),
 }
+SILENT_KINDS = ("no-device", "device-silent")  # of causes that pass when a device answers again
 QUIET = 30.0  # seconds without a sign of life before a start says so
 
 
@@ -78,7 +79,7 @@ def explain(world: World, inst: Instance, now: float) -> Why:
         case State.BACKOFF:
             pause = f"start {len(inst.failures) + 1} of {inst.spec.restart.max_failures} in {span(left(inst, now))}"
             said = f" ({cause.text})" if cause else ""
-            what = "crashed" if inst.crashed else "could not start"
+            what = "crashed" if inst.crashed else "stopped" if cause and cause == inst.last else "could not start"
             text = f"{what} {span(now - inst.broke_at)} ago{said}; {pause}"
             return Why(cause.kind if cause else "crashed", text, pause, cause.remedies if cause else ())
         case _ if cause:
@@ -97,6 +98,8 @@ def wait_short(world: World, inst: Instance) -> str:
     names = ", ".join(inst.waits_for)
     if any(world.instances[name].measuring for name in inst.waits_for if name in world.instances):
         return f"{names} measures"[:24]
+    if not names and inst.cause and inst.cause.kind in SILENT_KINDS:
+        return "for a device"
     return (f"{names} stops" if names else "for memory")[:24]
 
 
@@ -129,11 +132,16 @@ def ready(world: World, inst: Instance) -> Why:
     """Nothing, or a warning."""
     promise = world.ledger.held.get(inst.id, {})
     for device, size in promise.items():
-        over = world.ledger.readings[device].instances.get(inst.id, 0) - size
-        if inst.over_since is not None and over > 0:
-            on = device_label(world.ledger.readings[device])
+        reading = world.ledger.readings.get(device)
+        over = reading.instances.get(inst.id, 0) - size if reading else 0
+        if inst.over_since is not None and reading is not None and over > 0:
+            on = device_label(reading)
             text = f"uses {gib(over)} more than the {gib(size)} reserved on {on}"
-            return Why("overrun", text, f"{gib(over)} over", (Remedy(f"raise models.{inst.spec.name}.vram"),))
+            # What it takes without a given vram is learned: its next start reserves that much.
+            helps = (
+                f"raise models.{inst.spec.name}.vram" if inst.spec.vram is not None else f"vllmctl restart {inst.id}"
+            )
+            return Why("overrun", text, f"{gib(over)} over", (Remedy(helps),))
     return Why("", inst.leak, "")
 
 

@@ -29,7 +29,9 @@ class Instance:
     deadline: float | None = None
     attempt: int = 0
     wanted: bool = False  # should be up: decides what follows an end
-    patient: bool = False  # nobody stands at the door: wait for memory instead of refusing
+    patient: bool = False  # nobody stands at the door: it waits as long as it must
+    accepted: bool = False  # an operator was told that it waits for memory that is coming free
+    insisted: bool = False  # an operator asked for it while it ended: started again whatever the end says
     tickets: list[int] = field(default_factory=list)
 
     # what preflight and placement found, for this attempt
@@ -55,6 +57,7 @@ class Instance:
     learned: bool = False  # this attempt has taught its need
     resumed: bool = False  # adopted while it started: how long its phases took was not seen
     disturbed: bool = False  # a neighbour died while it measured: its numbers teach nothing
+    remeasured: bool = False  # it was started anew once because of that
 
     # serving
     pid: int | None = None
@@ -63,6 +66,7 @@ class Instance:
     ready_at: float | None = None
     proved: float = 0.0  # last time that the engine did something
     canary_out: bool = False
+    asked: float | None = None  # when the oldest test request was sent that has not been answered
     canary_works: bool = True
     running: int = 0
     waiting: int = 0
@@ -75,8 +79,8 @@ class Instance:
     # the end
     crashed: bool = False
     broke_at: float = 0.0
-    outside: dict[str, int] = field(default_factory=dict)  # what others used, by device, when its end began
     drain_held: bool = False  # SIGTERM waits until a neighbour has measured
+    hurried: bool = False  # the end that is held back is to be a kill
     gone: bool = False
     leak: str = ""
     verdict: Cause | None = None  # why it is being ended, when vllmd itself decided so
@@ -98,12 +102,13 @@ class World:
     places: Places
     ledger: Ledger = field(default_factory=Ledger)
     instances: dict[str, Instance] = field(default_factory=dict)
+    attempts: dict[str, int] = field(default_factory=dict)  # instance -> its latest attempt, kept when it is removed
     learned: dict[str, Learned] = field(default_factory=dict)
     now: float = 0.0  # of the event that is being handled
     seen: dict[str, float] = field(default_factory=dict)  # device -> time of its last reading
     good: dict[str, Mapping[str, str]] = field(default_factory=dict)  # model -> what its last good start ran with
     trouble: str = ""  # of the devices
-    short_of: dict[str, bool] = field(default_factory=dict)  # device -> external growth has been noted
+    short_of: dict[tuple[str, str], bool] = field(default_factory=dict)  # device, kind of shortage that has been noted
     closing: bool = False
     finished: bool = False
     counters: dict[tuple[str, ...], int] = field(
@@ -120,6 +125,10 @@ class World:
     def of(self, model: str) -> Iterator[Instance]:
         """The instances of a model."""
         return (inst for inst in self.instances.values() if inst.spec.name == model)
+
+    def next_attempt(self, inst: Instance) -> None:
+        """A number that no report of an earlier attempt bears, not even of one before the model was removed."""
+        inst.attempt = self.attempts[inst.id] = max(self.attempts.get(inst.id, 0), inst.attempt) + 1
 
     def move(self, inst: Instance, move: Move, now: float, text: str = "") -> None:
         """Make a legal move and note it. Raises IllegalMove with the instance's story if the table has none."""
@@ -145,6 +154,11 @@ class World:
     def count(self, *what: str) -> None:
         """One more of something that metrics show."""
         self.counters[what] = self.counters.get(what, 0) + 1
+
+    def tell(self, ticket: int | None, status: int, message: str) -> None:
+        """Answer a ticket at once, if there is one."""
+        if ticket is not None:
+            self.emit(reply(ticket, status, message))
 
     def answer(self, inst: Instance, status: int, message: str, cause: Cause | None = None) -> None:
         """Answer everybody who waits for this instance's start to be decided; each exactly once."""
