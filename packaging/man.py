@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vllmd import __version__
-from vllmd.__main__ import parser
+from vllmd.__main__ import parser, sweep_parser
 from vllmd.config.manual import page
 from vllmd.ctl.arguments import GLOBAL, build, visible
 from vllmd.ctl.faults import EXIT_CODES
@@ -96,23 +96,9 @@ def term_of(action: argparse.Action) -> str:
     return ", ".join(f"\\fB{plain(o)}\\fR" for o in action.option_strings) + value_of(action)
 
 
-def commands_of(found: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The subcommands that have a help text."""
-    for action in found._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return {c.dest: action.choices[c.dest] for c in action._choices_actions if c.help != argparse.SUPPRESS}
-    return {}
-
-
 def own(found: argparse.ArgumentParser, besides: frozenset[str] = frozenset({"--help"})) -> list[argparse.Action]:
-    """Its options and operands, without subcommands and what nobody need read."""
-    return [
-        a
-        for a in found._actions
-        if not isinstance(a, argparse._SubParsersAction)
-        and a.help != argparse.SUPPRESS
-        and not besides & set(a.option_strings)
-    ]
+    """Its options and operands."""
+    return [a for a in found._actions if a.help != argparse.SUPPRESS and not besides & set(a.option_strings)]
 
 
 def synopsis(command: str, found: argparse.ArgumentParser, besides: frozenset[str] = frozenset({"--help"})) -> str:
@@ -134,7 +120,7 @@ def options(found: argparse.ArgumentParser, besides: frozenset[str] = frozenset(
 
 def vllmd_8() -> list[str]:
     root = parser()
-    subs = commands_of(root)
+    subs = {"sweep": sweep_parser()}
     out = [*head("vllmd", 8, "supervise vLLM models on one machine"), ".SH SYNOPSIS", synopsis("vllmd", root)]
     for name, sub in subs.items():
         out += [".br", synopsis(f"vllmd {name}", sub)]

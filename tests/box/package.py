@@ -28,6 +28,7 @@ from tests.box.stage import (
 from vllmd.edge.logtext import split
 
 PORT = 8101
+SECRET = "hf_ThisIsNobodysToken"
 SECURITY = 2.0  # the most that `systemd-analyze security` may say
 
 
@@ -91,6 +92,20 @@ def use(service: Service) -> None:
     errors = run("journalctl", "-u", "vllmd", "-p", "warning", "VLLMD_PHASE=import", "-o", "cat", "--no-pager").out
     assert "INFO" not in errors
     print(run("vllmctl", "status").out)
+    check_secret(service)
+
+
+def check_secret(service: Service) -> None:
+    """The credential is in the model's environment, and nowhere else."""
+    pid = service.look("alpha")["pid"]
+    assert f"HF_TOKEN={SECRET}".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    assert SECRET.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    shown = [
+        run("vllmctl", *words).out for words in (("show", "alpha", "--json"), ("status", "--json"), ("logs", "alpha"))
+    ]
+    kept = [path.read_text() for path in Path("/var/lib/vllmd").rglob("*.json")]
+    for text in (*shown, *kept, run("journalctl", "-u", "vllmd", "-o", "export", "-a").out):
+        assert SECRET not in text
 
 
 def check_security() -> None:
@@ -190,10 +205,10 @@ def main() -> None:
         install(deb, apt=True)
         until(active)
     print(run("vllmctl", "status").out)
-    service = Service(engine, env={"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+    Path("/etc/vllmd/credentials/hf-token").write_text(SECRET + "\n")
+    service = Service(engine, env={"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_TOKEN": "${credential:hf-token}"})
     service.models["alpha"] = {"model": BOX / "models/alpha", "port": PORT}
-    service.write()
-    run("systemctl", "reload", UNIT)
+    service.restart()
     use(service)
     check_security()
     survive(service, newer)

@@ -3,6 +3,7 @@ troubles.py DEB [STORY...]
 """
 
 import http.client
+import json
 import socket
 import sys
 import threading
@@ -25,6 +26,8 @@ from tests.box.stage import (
     say,
     until,
 )
+from tests.e2e.chat import ask
+from tests.remote import Model
 
 BLOCKABLE = """#!/usr/bin/python3 -IS
 import signal, sys, time
@@ -56,6 +59,45 @@ def watchdog(service: Service) -> None:
     run("systemctl", "daemon-reload")
     run("systemctl", "restart", UNIT)
     assert sorted(members()) == pids
+
+
+def drain(service: Service) -> None:
+    """A stop lets a request finish, longer than TimeoutStopSec would, and says how far it is; a reload is told too."""
+    assert status_text() == "8 of 8 models up"
+    run("systemctl", "reload", UNIT)
+    assert status_text() == "8 of 8 models up" and active()
+    dropin("short", "[Service]\nTimeoutStopSec=3\n")
+    run("systemctl", "restart", UNIT)
+    answer: list[int] = []
+    talk = threading.Thread(target=lambda: answer.append(complete(service.look("m0"), 120)), daemon=True)
+    talk.start()
+    service.wait("m0", lambda m: m["requests_running"] == 1)
+    began = time.monotonic()
+    run("systemctl", "stop", "--no-block", UNIT)
+    until(lambda: status_text() == "ending: 1 model left")
+    talk.join()
+    assert answer == [120]
+    until(lambda: run("systemctl", "is-active", UNIT, check=False).out.strip() == "inactive")
+    took = time.monotonic() - began
+    assert took > 4.0 and run("systemctl", "show", "-p", "Result", "--value", UNIT).out.strip() == "success", took
+    report("a stop that drains, with TimeoutStopSec=3", took)
+    run("rm", f"/etc/systemd/system/{UNIT}.d/short.conf")
+    run("systemctl", "daemon-reload")
+    run("systemctl", "start", UNIT)
+    service.up(*service.models)
+
+
+def status_text() -> str:
+    return run("systemctl", "show", "-p", "StatusText", "--value", UNIT).out.strip()
+
+
+def complete(model: Model, tokens: int) -> int:
+    """A request to the model itself; the tokens that came."""
+    connection, response = ask(model, max_tokens=tokens, ignore_eos=True)
+    try:
+        return int(json.loads(response.read())["usage"]["completion_tokens"])
+    finally:
+        connection.close()
 
 
 class Client(threading.Thread):
@@ -168,10 +210,11 @@ def main() -> None:
     install(sys.argv[1])
     service = Service(engine, model=BOX / "weights", vram="1500MiB", env={"FAKE_START_S": "0.3"})
     service.models = {f"m{number}": {} for number in range(8)}
+    service.models["m0"] = {"env": {"FAKE_START_S": "0.3", "FAKE_TOKENS_PER_S": "10"}, "drain": "20s"}
     service.restart()
     service.up(*service.models)
     dropin("often", "[Unit]\nStartLimitIntervalSec=0\n")
-    for story in (watchdog, requests, eight):
+    for story in (watchdog, drain, requests, eight):
         if not only or story.__name__ in only:
             say(story.__name__)
             story(service)
