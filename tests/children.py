@@ -8,6 +8,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,8 +115,9 @@ def subreaper() -> Iterator[None]:
 
 @pytest.fixture
 def stranger() -> Iterator["subprocess.Popen[bytes]"]:
-    """A process of somebody else: its own session, no cookie."""
+    """A process of somebody else: its own session, no cookie, and there before any engine."""
     with subprocess.Popen(["sleep", "600"], start_new_session=True) as process:
+        time.sleep(2 / os.sysconf("SC_CLK_TCK"))  # as exactly as the kernel tells when a process began
         yield process
         process.kill()
 

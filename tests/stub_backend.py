@@ -70,7 +70,7 @@ class Lines(LogReader):
         self.batches = list(batches)
         self.closed = asyncio.Event()
 
-    def read(self) -> Sequence[Mapping[str, Any]]:
+    async def read(self) -> Sequence[Mapping[str, Any]]:
         return self.batches.pop(0) if self.batches else []
 
     def close(self) -> None:
@@ -88,6 +88,7 @@ class Stub:
         self.faults: list[tuple[str, str, BaseException]] = []
         self.answers: dict[str, Answer] = {}
         self.lines = Lines([{"text": "one"}], [{"text": "two"}])
+        self.shown = (False, 0)  # how the last log was asked for: follow, most
         self.broken: BaseException | None = None
         self.counted = Tallies()
         self.release: asyncio.Event | None = None  # set: act() waits for it
@@ -113,8 +114,11 @@ class Stub:
     def tallies(self) -> Tallies:
         return self.counted
 
-    def log(self, name: str, *, lines: int, since: float | None, failed: bool, previous: bool) -> LogReader:
+    def log(
+        self, name: str, *, lines: int, since: float | None, failed: bool, previous: bool, follow: bool, most: int
+    ) -> LogReader:
         self.asked.append(("log", name, lines, since, failed, previous))
+        self.shown = (follow, most)
         if previous:
             raise Refused(404, "no-log", f"{name} has no earlier log")
         return self.lines

@@ -1,5 +1,6 @@
 """The API over real listeners: what each route answers, to whom, and how it refuses."""
 
+import asyncio
 import gzip
 import io
 import json
@@ -69,6 +70,17 @@ async def test_what_is_for_admins_is_refused_on_tcp_and_does_nothing(front: Fron
         assert front.stub.asked == front.stub.changes == []
     else:
         assert answer.status < 400
+
+
+async def test_who_may_only_look_sees_names_of_the_environment_and_no_values(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A secret may stand under any name."""
+    shown = {"name": "alpha", "env": {"A": "x"}, "spec": {"model": "m", "env": {"B": "y"}}, "argv": None}
+    monkeypatch.setattr(front.stub, "model", lambda _: shown)
+    assert await (await front.unix.get("/api/v1/models/alpha")).json() == shown
+    over_tcp = await (await front.tcp.get("/api/v1/models/alpha")).json()
+    assert over_tcp == shown | {"env": {"A": "(hidden)"}, "spec": {"model": "m", "env": {"B": "(hidden)"}}}
 
 
 async def test_a_start_is_accepted_and_logged_with_uid_and_pid(front: Front) -> None:
@@ -224,8 +236,10 @@ async def test_plan_takes_names_in_query_or_body(front: Front) -> None:
 async def test_logs_are_json_lines(front: Front) -> None:
     """The tail that was asked for; the file is let go."""
     answer = await front.tcp.get("/api/v1/models/alpha/logs?n=7&since=10m&failed=1")
-    assert [json.loads(line) for line in (await answer.text()).splitlines()] == [{"text": "one"}]
+    assert answer.content_type == "application/x-ndjson"
+    assert [json.loads(line) for line in (await answer.text()).splitlines()] == [{"text": "one"}, {"text": "two"}]
     assert front.stub.asked == [("log", "alpha", 7, 600.0, True, False)]
+    assert front.stub.shown == (False, 256 << 10)  # who may only look is not given more at once
     assert front.stub.lines.closed.is_set()
     assert (await front.tcp.get("/api/v1/models/alpha/logs?previous=1")).status == 404
 
@@ -246,6 +260,42 @@ async def test_head_is_get_without_a_body(front: Front) -> None:
     """As HTTP wants it."""
     answer = await front.tcp.head("/api/v1/status")
     assert (answer.status, await answer.read()) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/api/v1/events", "text/event-stream"),
+        ("/api/v1/models/alpha/logs", "application/x-ndjson"),
+        ("/api/v1/models/alpha/logs?follow=1", "application/x-ndjson"),
+    ],
+)
+async def test_head_of_a_stream_is_over_at_once(front: Front, path: str, kind: str) -> None:
+    """It has no body, so none may be waited for; and nothing is opened for it."""
+    async with asyncio.timeout(5):
+        answer = await front.tcp.head(path)
+    assert (answer.status, answer.content_type) == (200, kind)
+    assert front.stub.asked == []
+    assert (await front.tcp.head("/api/v1/models/alhpa/logs")).status == 404
+
+
+async def test_who_waits_with_the_body_is_told_to_send_it(front: Front) -> None:
+    """Expect: 100-continue, as curl sends it with a large body; refused where the answer is clear without the body."""
+    reader, writer = await front.connect("unix")
+    head = b"POST /api/v1/%s HTTP/1.1\r\nHost: x\r\nExpect: %s\r\nContent-Length: 2\r\n\r\n"
+    writer.write(head % (b"reload", b"100-continue"))
+    async with asyncio.timeout(5):
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(b"{}")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+    assert front.stub.asked == [("reload", False)]
+    writer.close()
+    for listener, what, status in (("tcp", b"100-continue", b"403"), ("unix", b"the moon", b"417")):
+        reader, writer = await front.connect(listener)
+        writer.write((head % (b"reload", what)).replace(b"Host: x", b"Host: localhost"))
+        async with asyncio.timeout(5):
+            assert (await reader.readline()).split()[1] == status
+        writer.close()
 
 
 async def test_openapi_lists_every_route(front: Front) -> None:

@@ -1,10 +1,13 @@
 """Why an engine ended: whole logs of real failures, one line for each rule, and the exits that tell nothing."""
 
+import json
+import time
 from pathlib import Path
 
 import pytest
 
-from vllmd.core.cause import Rules, diagnose, parse_rules
+from vllmd.core.cause import _EXCEPTION, Rules, diagnose, parse_rules
+from vllmd.core.logline import LONGEST, parse, severity
 from vllmd.edge.logtext import split
 from vllmd.edge.rules import load_rules
 from vllmd.facts import Phase
@@ -183,6 +186,7 @@ SAMPLES = [
     ("torch.AcceleratorError: CUDA error: invalid device ordinal", "wants more GPUs"),
     ("torch.distributed.DistBackendError: NCCL error in: x.cpp:94, unhandled system error", "cannot talk to each other"),
     ("torch.AcceleratorError: CUDA error: device-side assert triggered", "CUDA error: device-side assert triggered"),
+    ("/sys/fs/cgroup/x/cgroup.procs: 1: exec: /nowhere/vllm: not found", "cannot run /nowhere/vllm: not found"),
     ("OSError: [Errno 98] Address already in use", "something else listens"),
     ("RuntimeError: Failed to find C compiler. Please specify via CC", "there is no C compiler"),
     ("torch._inductor.exc.InvalidCxxCompiler: No working C++ compiler found in", "there is no C++ compiler"),
@@ -308,9 +312,56 @@ def test_an_exit_without_words_is_told_by_itself(status: int | None, kind: str, 
 
 
 def test_what_never_ran_cannot_heal() -> None:
-    """The sentence is the caller's."""
+    """The sentence is the caller's; the remedy names what there is to mend."""
     cause = why(what="cannot run /x/vllm: Permission denied", status=127)
     assert (cause.kind, cause.text, cause.heals) == ("cannot-run", "cannot run /x/vllm: Permission denied", False)
+    assert "executable" in cause.remedies[0].text
+
+
+def test_what_could_not_run_just_now_may_heal() -> None:
+    """126: no processes or descriptors left."""
+    cause = why(what="cannot run /x/vllm: Resource temporarily unavailable", status=126)
+    assert (cause.kind, cause.heals) == ("cannot-run", True)
+    assert "LimitNOFILE" in cause.remedies[0].text
+
+
+# -- output that means harm -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ['{"a":' * 3200, '{"message": ' + "[" * 900 + "]" * 900 + "}", "{" * 16000])
+def test_a_line_that_is_nested_too_deeply_is_bare_text(line: str) -> None:
+    """Nothing of it is raised, neither here nor for the journal."""
+    assert len(parse(line).text) <= LONGEST
+    assert severity(line) == 6
+    assert why(line, status=1).kind == "exited"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["A" * 16_000 + "(", "a" * 16_000, "a." * 8000, "1:" * 8000, "quantization method " * 800, "model type a" * 1300,
+     "(" * 16_000, "INFO 11-24 01:42:29 [" * 700, "Warning" * 2000],
+)  # fmt: skip
+def test_no_line_takes_long(line: str) -> None:
+    """The longest that a log may have, of what regular expressions choke on; 8 s before."""
+    began = time.process_time()
+    why("Traceback (most recent call last):", line, status=1)
+    severity(line)
+    assert time.process_time() - began < 0.25
+
+
+def test_what_tells_an_exception_takes_no_longer_than_the_line_is_long() -> None:
+    """Also on a whole one: 16 KiB took seconds."""
+    began = time.process_time()
+    for line in ("A" * 16_000 + "(", "a." * 8000 + "(", "aA." * 5000 + "("):
+        assert _EXCEPTION.fullmatch(line) is None
+    assert time.process_time() - began < 0.1
+
+
+def test_the_end_of_a_long_line_counts() -> None:
+    """As JSON a whole traceback is one line, and what is wrong stands last."""
+    trace = "Traceback (most recent call last):\n" + "  File x\n" * 1000 + "CUDA out of memory"
+    line = json.dumps({"levelname": "ERROR", "message": "failed", "exc_info": trace})
+    assert why(line, status=1).kind == "out-of-memory"
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------

@@ -124,9 +124,10 @@ def test_a_second_daemon_on_the_same_state_is_refused_naming_the_first(vllmd: Vl
 
 
 def test_a_second_daemon_on_the_same_socket_is_refused(vllmd: Vllmd) -> None:
-    """Another state directory, the same socket: the one that answers there keeps it."""
+    """Other directories, the same socket: the one that answers there keeps it."""
     vllmd.model("a").start()
     other = vllmd.config.read_text().replace(str(vllmd.state_dir), str(vllmd.folder / "other"))
+    other = other.replace(f'runtime_dir = "{vllmd.runtime}"', f'runtime_dir = "{vllmd.folder / "run"}"')
     file = vllmd.folder / "other.toml"
     file.write_text(other)
     second = subprocess.run(

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,52 @@ def test_a_stop_leaves_no_process(vllmd: Vllmd, fault: str) -> None:
     stopped = vllmd.wait("a", "stopped")
     assert vllmd.tree("a") == []
     assert (stopped["pids"], stopped["reserved"]) == ([], 0)
+
+
+def run_away(daemon: Vllmd) -> Path:
+    """Have every engine lose a process that sheds session, parent, environment, directory and log; their pids are in the file
+    that is returned."""
+    pids, wrapper = daemon.folder / "pids", daemon.folder / "vllm"
+    wrapper.write_text(
+        f"#!/bin/sh\nsetsid -f env -i /bin/sh -c 'cd /; echo $$ >> {pids}; exec sleep 600' >/dev/null 2>&1 </dev/null\n"
+        f'exec {daemon.defaults["executable"]} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    daemon.defaults["executable"] = wrapper
+    return pids
+
+
+def test_a_runaway_without_any_mark_ends_with_its_engine(vllmd: Vllmd) -> None:
+    """It came to us when it lost its parent, and no other engine is there that can have made it."""
+    pids = run_away(vllmd)
+    vllmd.model("a").start()
+    vllmd.up("a")
+    (pid,) = map(int, pids.read_text().split())
+    assert alive(pid)
+    vllmd.act("stop", "a")
+    vllmd.wait("a", "stopped")
+    assert not alive(pid)
+
+
+def test_no_runaway_outlives_the_daemon(vllmd: Vllmd) -> None:
+    """Where two engines ran it is told that one is left; when all is ended, so are they."""
+    pids = run_away(vllmd)
+    vllmd.model("a").model("b").start()
+    vllmd.up("a", "b")
+    first, second = map(int, pids.read_text().split())
+    vllmd.act("stop", "b")
+    vllmd.hear(lambda line: "ran away from b or of another" in line["event"])
+    assert alive(first) and alive(second)
+    assert vllmd.stop() == 0
+    assert not alive(first) and not alive(second)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_exit_0_is_a_crash(vllmd: Vllmd) -> None:

@@ -3,6 +3,9 @@
 import asyncio
 import os
 import random
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -135,8 +138,79 @@ def test_a_talkative_engine_is_kept_small(vllmd: Vllmd) -> None:
     assert vllmd.look("a")["pids"] == a["pids"]
 
 
+def size(path: Path) -> int:
+    """Of a file that may be moved meanwhile."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+@pytest.mark.parametrize("fake", [{}, {"stall_at": "load"}], ids=["ready", "starting"])
+def test_a_flood_of_output_is_bounded_and_holds_up_nobody(vllmd: Vllmd, fake: dict[str, str]) -> None:
+    """Twenty megabytes a second, from a ready engine or while it starts: the daemon answers, the disk does not fill up."""
+    wrapper = vllmd.folder / "vllm"
+    line = "(EngineCore_DP0 pid=12) INFO 11-24 01:42:29 [core.py:1] " + "x" * 140 + "\\n"
+    flood = f"import os, time\nd = b'{line}' * 2000\nwhile True: os.write(1, d); time.sleep(0.02)"
+    wrapper.write_text(f'#!/bin/sh\n{sys.executable} -I -S -c "{flood}" &\nexec {vllmd.defaults["executable"]} "$@"\n')
+    wrapper.chmod(0o755)
+    vllmd.daemon |= {"log_size": "4MiB", "log_keep": 2}
+    vllmd.model("a", fake, executable=wrapper).start()
+    vllmd.act("start", "a")
+    vllmd.wait("a", "starting" if fake else "ready")
+    slowest, largest = 0.0, 0
+    end = time.monotonic() + 4.0
+    while time.monotonic() < end:
+        began = time.monotonic()
+        assert vllmd.client.fetch("GET", "/healthz")[0].status == 200
+        slowest = max(slowest, time.monotonic() - began)
+        largest = max([largest, *map(size, vllmd.log_dir.iterdir())])
+    assert slowest < 1.0
+    assert largest < 40 << 20  # log_size, and what comes in a second; all of it is twice as much
+    assert (vllmd.log_dir / "a.log.2").exists()
+    vllmd.act("stop", "a", now=True)
+    vllmd.wait("a", "stopped")
+
+
 def test_a_name_that_leaves_its_directory_is_not_a_model(vllmd: Vllmd) -> None:
     """Paths in a model's place: 404, and no file is read."""
     vllmd.model("a").start()
     for name in ("..%2f..%2fetc%2fpasswd", "%00", "a%2f..%2fa"):
         assert vllmd.client.fetch("GET", f"/api/v1/models/{name}/logs?follow=0")[0].status == 404
+
+
+def test_a_secret_that_an_engine_prints_is_shown_nowhere(vllmd: Vllmd) -> None:
+    """One under a telling name, one that the configuration filled in, one in an address: not in logs, why, status, events
+    or the daemon's own log. Who may only look sees no value of its environment at all."""
+    secrets = ["hf_abcdefghijk", "filled-in-by-env", "my-proxy-password"]
+    vllmd.environment["FILLED"] = secrets[1]
+    wrapper = vllmd.folder / "vllm"
+    words = "$HF_TOKEN $ODD $PROXY"
+    wrapper.write_text(
+        f'#!/bin/sh\necho "starting with {words}"\n[ -e {vllmd.folder}/once ] && exec {vllmd.defaults["executable"]} "$@"\n'
+        f'touch {vllmd.folder}/once; echo "Traceback (most recent call last):"; echo "AuthError: {words}"; exit 1\n'
+    )
+    wrapper.chmod(0o755)
+    vllmd.http["listen"] = ["127.0.0.1:0"]
+    env = {
+        "HF_TOKEN": secrets[0],
+        "ODD": "${env:FILLED}",
+        "PROXY": f"http://me:{secrets[2]}@proxy:3128",
+        "PLAIN": "x-y-z",
+    }
+    vllmd.model("a", executable=wrapper, env=env).start()
+    vllmd.act("start", "a")
+    failed = vllmd.wait("a", "backoff")
+    assert "AuthError: (hidden) (hidden) http://(hidden)@proxy:3128" in failed["why"]["text"]
+    vllmd.wait("a", "ready")
+    paths = ("status", "models/a", "models/a/why", "models/a/logs", "models/a/logs?failed=1", "events?follow=0")
+    shown = {path: vllmd.client.fetch("GET", f"/api/v1/{path}")[1].decode() for path in paths}
+    assert "starting with (hidden) (hidden) http://(hidden)@proxy:3128" in shown["models/a/logs"]
+    assert "x-y-z" in shown["models/a"]
+    (address,) = vllmd.hear(lambda line: line["event"] == "vllmd is ready")["web"]
+    port = int(address.rpartition(":")[2])
+    head = b"GET /api/v1/models/a HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    shown["over TCP"] = asyncio.run(harm(vllmd, port, head)).decode()
+    assert "HF_TOKEN" in shown["over TCP"] and "x-y-z" not in shown["over TCP"]
+    shown["own log"] = vllmd.said
+    assert {path: secret for path, text in shown.items() for secret in secrets if secret in text} == {}

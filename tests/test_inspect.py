@@ -102,6 +102,29 @@ def test_executable_must_exist_and_be_executable(place: Place) -> None:
     assert place.refused("no-executable", executable=str(plain)).remedies[0].text == f"chmod +x {plain}"
 
 
+@pytest.mark.parametrize(
+    ("head", "missing"),
+    [
+        ("#!/nowhere/bin/python3\n", "/nowhere/bin/python3, which does not exist"),
+        ("#! /nowhere/bin/python3 -I\n", "/nowhere/bin/python3, which does not exist"),
+        ("#!/usr/bin/env no-such-python\n", "no-such-python, which is not in PATH"),
+        (
+            '#!/bin/sh\n\'\'\'exec\' "/nowhere/a long/python" "$0" "$@"\n',
+            "/nowhere/a long/python, which does not exist",
+        ),
+        ("#!/etc/passwd\n", "/etc/passwd, which cannot be executed"),
+    ],
+)
+def test_a_script_whose_interpreter_is_gone_is_refused(place: Place, head: str, missing: str) -> None:
+    """The kernel says of it that the script does not exist, which it does."""
+    script = place.root / "script"
+    script.write_text(head)
+    script.chmod(0o755)
+    cause = place.refused("no-executable", executable=str(script))
+    assert f"{script} is run by {missing}" in cause.text
+    assert cause.remedies[0].text.startswith("install vLLM anew")
+
+
 def test_installation_is_found_through_a_link(place: Place) -> None:
     """As pipx and uv make them: a link elsewhere leads to the environment."""
     link = place.root / "bin/vllm"

@@ -11,6 +11,9 @@ VALUES = {"vllmd", "vllmd.spec", "vllmd.events", "vllmd.facts", "vllmd.record", 
 WIRING = {
     "vllmd.attempt",
     "vllmd.transcript",
+    "vllmd.inquest",
+    "vllmd.traces",
+    "vllmd.veil",
     "vllmd.inquiry",
     "vllmd.saver",
     "vllmd.survivors",
@@ -29,10 +32,10 @@ WIRING = {
 
 #: One edge may be several files. A file imports values and its own edge; `tasks` is the one tool that all may use.
 EDGES = {
-    "process": {"process", "procfs", "tree", "kill", "leftovers", "listener", "cgroup"},
+    "process": {"process", "procfs", "tree", "kill", "strays", "leftovers", "listener", "cgroup"},
     "logs": {"logfile", "logread", "logtext", "logview"},
     "http": {
-        "http", "gate", "route", "routes", "params", "schemas", "openapi", "backend", "sse", "stream", "metrics",
+        "http", "bind", "gate", "route", "routes", "params", "schemas", "openapi", "backend", "sse", "stream", "metrics",
     },
     "devices": {"devices", "nvml", "ram"},
     "inspect": {"inspect", "engine", "hub", "port", "weights"},

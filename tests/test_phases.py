@@ -141,6 +141,21 @@ def test_each_line_of_the_table_is_read(line: str, sign: Sign | None) -> None:
     assert found == sign
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Model loading took 1.2.3 GiB memory", f"Model loading took {'9' * 400} GiB memory",
+        f"GPU KV cache size: {'1' * 5000} tokens", "GPU KV cache size: ,,, tokens",
+        "Available KV cache memory: -. GiB", f"Loading safetensors checkpoint shards: {'7' * 400}% Completed | 1/2",
+        "Explicitly set (.../1) GiB for KV cache", '{"message":' * 1500,
+    ],
+)  # fmt: skip
+def test_numbers_that_are_none_say_nothing(text: str) -> None:
+    """vLLM would not print them; a model's own code may."""
+    assert read(W + text) is None
+    assert read(text) is None
+
+
 def test_json_logs_are_read_too() -> None:
     """As written with --logging-config.formatter json."""
     record = {

@@ -166,9 +166,12 @@ async def test_an_embedding_model_is_asked_for_an_embedding_first() -> None:
         assert made.asked[0][0] == "/v1/embeddings"
 
 
-@pytest.mark.parametrize(("status", "verdict"), [(404, None), (400, None), (401, None), (500, False), (503, False)])
+@pytest.mark.parametrize(
+    ("status", "verdict"),
+    [(404, None), (400, None), (401, None), (422, None), (408, False), (429, False), (500, False), (503, False)],
+)
 async def test_the_canary_of_a_model_that_answers_none(status: int, verdict: bool | None) -> None:
-    """4xx to all kinds: there is no canary; 5xx: it failed."""
+    """No kind is served: there is no canary. What may pass (too many requests, 5xx) failed."""
     async with engine(answer({}, status)) as (endpoint, _):
         assert await Probe().canary(endpoint, "m", timeout=20) is verdict
 

@@ -1,19 +1,22 @@
 """Engines are started, and ended with all that belongs to them: real children, none left."""
 
 import asyncio
+import contextlib
 import mmap
 import os
 import signal
 import subprocess
+import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
-from tests.children import LIMIT, Start, make_launch, start, stranger, subreaper, wait_for
-from vllmd.edge import procfs, tree
-from vllmd.edge.kill import in_thread, kill_tree, sweep
+from tests.children import LIMIT, Engine, Start, make_launch, start, stranger, subreaper, wait_for
+from vllmd.edge import procfs, strays, tree
+from vllmd.edge.kill import end_runaways, in_thread, kill_tree, sweep
 from vllmd.edge.leftovers import shared_files
 from vllmd.edge.process import adopt, environment, spawn
 
@@ -239,3 +242,126 @@ async def test_a_look_that_hangs_is_given_up() -> None:
         assert await in_thread(lambda: str(release.wait(LIMIT)), 0.01, "given up") == "given up"
     finally:
         release.set()
+
+
+# -- runaways ---------------------------------------------------------------------------------------------------------
+
+# Another session, no parent, no environment: as `env -i setsid` with a double fork.
+BARE = """
+def bare(ready):
+    os.setsid()
+    if os.fork(): os._exit(0)
+    os.setsid()
+    {shed}
+    program = "import signal, os; {hold}; os.write(1, b'bare %d\\\\n' % os.getpid()); {close}; signal.pause()"
+    os.execve(sys.executable, [sys.executable, "-I", "-S", "-c", program], {env})
+def run(ready):
+    if os.fork() == 0: bare(ready)
+    ready()
+child(run); time.sleep(0.05)
+stay()
+"""
+
+
+def bare(*, chdir: bool = True, env: str = "{}", close: bool = False, hold: str = "pass") -> str:
+    """A runaway that has changed its directory, has this environment, and writes nowhere any more."""
+    shed, closing = 'os.chdir("/")' if chdir else "pass", "os.closerange(0, 3)" if close else "pass"
+    return BARE.format(shed=shed, env=env, close=closing, hold=hold)
+
+
+async def runaway(engine: Engine) -> procfs.Member:
+    """The process, once it says who it is, and is ours."""
+    found: list[procfs.Member] = []
+    while not found:
+        word, _, pid = (await engine.line()).partition(" ")
+        if word == "bare" and (stat := procfs.read_stat(int(pid))) is not None:
+            found = [stat.member]
+    await wait_for(lambda: (stat := procfs.read_stat(found[0].pid)) is not None and stat.ppid == os.getpid())
+    return found[0]
+
+
+async def test_what_shed_everything_is_ended_with_the_only_engine_that_can_have_made_it(
+    start: Start, subreaper: None
+) -> None:
+    """No session, parent, cookie, directory or log is left of its engine: it is a child of ours that nobody else made."""
+    engine = await start(bare(close=True))
+    gone = await runaway(engine)
+    assert await kill_tree(engine.child) == ()
+    assert not procfs.alive(gone)
+
+
+@pytest.mark.parametrize("kept", ["directory", "TMPDIR", "log"])
+async def test_what_it_could_not_shake_off_tells_whose_it_is(
+    start: Start, subreaper: None, tmp_path: Path, kept: str
+) -> None:
+    """With two engines: the right one takes it along, the other does not."""
+    scratch, log = tmp_path / "scratch", tmp_path / "log"
+    scratch.mkdir()
+    other = await (await start("stay()", scratch=str(tmp_path / "other"))).until_up()
+    code = bare(
+        chdir=kept != "directory",
+        env=f'{{"TMPDIR": {str(scratch)!r}}}' if kept == "TMPDIR" else "{}",
+        hold=f"f = open('{log}', 'a')" if kept == "log" else "pass",
+    )
+    engine = await start(f"os.chdir({str(scratch)!r})\n" + code, scratch=str(scratch))
+    log.touch()
+    engine.child.log = log.stat().st_dev, log.stat().st_ino  # in these tests it writes to a pipe
+    gone = await runaway(engine)
+    assert strays.doubtful(other.child) == ()
+    assert await kill_tree(other.child) == ()
+    assert procfs.alive(gone)
+    assert await kill_tree(engine.child) == ()
+    assert not procfs.alive(gone)
+
+
+async def test_where_doubt_remains_it_is_told_and_ended_with_the_last(start: Start, subreaper: None) -> None:
+    """Either of two engines may have made it: it outlives the first, is named, and ends with the second."""
+    first = await (await start("stay()")).until_up()
+    engine = await start(bare(close=True))
+    doubt = await runaway(engine)
+    assert await kill_tree(engine.child) == ()
+    assert procfs.alive(doubt)
+    assert strays.doubtful(engine.child) == (doubt.pid,)
+    engine.child.close()
+    assert await kill_tree(first.child) == ()
+    assert not procfs.alive(doubt)
+
+
+async def test_at_the_end_no_runaway_is_left_and_our_own_children_are(
+    start: Start, subreaper: None, tmp_path: Path
+) -> None:
+    """Whosever they were. An engine that we lead, and a child in our own session, are none."""
+    engine = await start(bare(close=True))
+    gone = await runaway(engine)
+    with subprocess.Popen(["sleep", "600"]) as helper:
+        assert await end_runaways() == ()
+        assert not procfs.alive(gone)
+        assert procfs.alive(engine.child.leader)
+        assert helper.poll() is None
+        helper.kill()
+
+
+async def test_an_adopted_engines_runaway_is_known_by_its_log(start: Start, tmp_path: Path) -> None:
+    """It does not come to us: who writes to the log, or has the scratch directory as its TMPDIR, is its. A reader is not."""
+    log = tmp_path / "a.log"
+    log.touch()
+    engine = await (await start("stay()")).until_up()
+    adopted = adopt(engine.child.leader, make_launch("", tmp_path, scratch=str(tmp_path / "s")), log=log)
+    codes = {"writer": f"f = open({str(log)!r}, 'a')", "reader": f"f = open({str(log)!r})", "other": "pass"}
+    with contextlib.ExitStack() as stack:
+        pids = {}
+        for name, code in codes.items():
+            program = [
+                sys.executable,
+                "-I",
+                "-S",
+                "-c",
+                f"import time; {code}; print('up', flush=True); time.sleep(600)",
+            ]
+            process = stack.enter_context(subprocess.Popen(program, stdout=subprocess.PIPE, start_new_session=True))
+            assert process.stdout is not None and process.stdout.readline() == b"up\n"
+            pids[name] = process.pid
+            stack.callback(process.kill)
+        table = {pid: replace(stat, ppid=1) for pid, stat in procfs.read_table().items()}
+        assert strays.strays_of(adopted, table) == {pids["writer"]}
+    adopted.close()

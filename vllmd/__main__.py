@@ -1,22 +1,26 @@
 """`vllmd`: read the arguments and the configuration, then run. Exit codes: 0 ended as asked, 1 failed, 2 usage, 78 bad
-configuration (EX_CONFIG, so that systemd does not try again)."""
+configuration (EX_CONFIG, so that systemd does not try again), 130 interrupted before it had begun.
+
+What takes time to import is imported where it is needed: an interrupt meanwhile must find us where we can answer it.
+"""
 
 import argparse
-import asyncio
+import contextlib
 import faulthandler
 import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllmd import __version__
-from vllmd.config.load import ConfigError, find_config, load
-from vllmd.config.paths import is_root, places
-from vllmd.edge.systemd import take, under_systemd, unit_of
-from vllmd.spec import Settings
 from vllmd.units import count
 
-EX_CONFIG = 78
+if TYPE_CHECKING:
+    from vllmd.config.load import ConfigError
+    from vllmd.spec import Settings
+
+EX_CONFIG, INTERRUPTED = 78, 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,6 +49,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    try:
+        return command(argv)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def command(argv: list[str] | None) -> int:
+    """What the arguments ask for."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["sweep"]:
         return sweep(words[1:])
@@ -54,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
 
         print(json.dumps(schema(), indent=2))
         return 0
+    from vllmd.config.load import ConfigError, find_config, load
+
     named = Path(args.check_config) if isinstance(args.check_config, str) else args.config
     path = (named or find_config()).absolute()
     if args.check_config:
@@ -78,16 +92,25 @@ def sweep_parser() -> argparse.ArgumentParser:
 
 def sweep(words: list[str]) -> int:
     """Run `vllmd sweep`."""
-    args = sweep_parser().parse_args(words)
-    state_dir = (args.state_dir or places(os.environ, is_root())["state_dir"]).absolute()
+    import asyncio
+
+    from vllmd.config.paths import is_root, places
     from vllmd.sweep import run
 
+    args = sweep_parser().parse_args(words)
+    state_dir = (args.state_dir or places(os.environ, is_root())["state_dir"]).absolute()
     return asyncio.run(run(state_dir, args.unit, os.environ))
 
 
 def serve(path: Path) -> int:
     """Be the daemon."""
-    faulthandler.enable()  # SIGABRT, as from systemd's watchdog: say where every thread was
+    if sys.stderr is not None:
+        faulthandler.enable()  # SIGABRT, as from systemd's watchdog: say where every thread was
+    import asyncio
+
+    from vllmd.config.load import ConfigError, load
+    from vllmd.edge.systemd import take, under_systemd, unit_of
+
     unit = unit_of() if under_systemd(os.environ) else None
     given = take(os.environ)
     try:
@@ -96,15 +119,21 @@ def serve(path: Path) -> int:
         given.notify.status(f"cannot start: {error.problems[0]}")
         return refuse(error, path, as_json=False)
     for warning in settings.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(warning)
     for name in given.closed:
-        print(f"warning: a socket or descriptor named {name!r} came from systemd and is not used", file=sys.stderr)
+        warn(f"a socket or descriptor named {name!r} came from systemd and is not used")
     from vllmd.daemon import run  # everything that costs time to import, only when it is needed
 
     return asyncio.run(run(settings, path, given, unit))
 
 
-def refuse(error: ConfigError, path: Path, *, as_json: bool) -> int:
+def warn(text: str) -> None:
+    """To standard error, wherever that leads: a pipe that is closed must not keep models from running."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"warning: {text}\n".encode(errors="replace"))
+
+
+def refuse(error: "ConfigError", path: Path, *, as_json: bool) -> int:
     """All problems at once."""
     if as_json:
         rows = [
@@ -119,7 +148,7 @@ def refuse(error: ConfigError, path: Path, *, as_json: bool) -> int:
     return EX_CONFIG
 
 
-def approve(settings: Settings, path: Path, *, as_json: bool) -> int:
+def approve(settings: "Settings", path: Path, *, as_json: bool) -> int:
     """Say that it is good, and what is strange about it."""
     if as_json:
         warnings = list(settings.warnings)

@@ -4,37 +4,31 @@ Everything it learns becomes an event with its attempt's number; it decides noth
 """
 
 import asyncio
-import errno
 import os
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from vllmd.core.cause import diagnose
 from vllmd.core.phases import Sign
 from vllmd.core.phases import read as read_sign
 from vllmd.core.words import leader_ended, member_died
 from vllmd.edge import cgroup, logfile
-from vllmd.edge.kill import in_thread, kill_tree
-from vllmd.edge.leftovers import shared_files
-from vllmd.edge.listener import connections
-from vllmd.edge.logread import tail
-from vllmd.edge.process import Child, adopt, spawn
+from vllmd.edge.kill import kill_tree
+from vllmd.edge.process import Child, adopt, environment, spawn, why_not_run
 from vllmd.edge.procfs import Member, Table, bytes_read, exit_of_stranger
+from vllmd.edge.tasks import in_thread
 from vllmd.edge.tree import TreeWatch
 from vllmd.events import Adopt, Alive, Broken, Event, Gone, Printed, Progress, Ready, Spawn, Spawned
 from vllmd.facts import Figures, Phase
+from vllmd.inquest import find_cause, tell_runaways
 from vllmd.inquiry import Inquiry
 from vllmd.shared import Shared
 from vllmd.spec import ModelSpec
+from vllmd.traces import Traces
 from vllmd.transcript import Transcript
+from vllmd.veil import Veil, secrets_in
 
 FOLLOW_STARTING, FOLLOW_READY = 0.1, 1.0  # seconds between looks at the log
-DELIVER = 10.0  # seconds for the API server to hand on the last words of an engine that has finished
-READ_LIMIT = 5.0  # seconds that the log may take to be read for the cause
-NOT_RUNNABLE = (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.EPERM, errno.ENOTDIR, errno.ELOOP)
-DIAGNOSED = 5000  # lines of the log's end that are searched for the cause
 
 
 class Attempt:
@@ -48,14 +42,18 @@ class Attempt:
         self.watch: TreeWatch | None = None
         self.transcript: Transcript | None = None
         self.inquiry = Inquiry(command.instance, command.attempt, command.launch, spec.hang_after, shared)
+        self.veil = Veil(shared.secrets | secrets_in(environment(command.launch, os.environ), spec.env))
         self.is_ready = False
         self._what = ""
         self._status: int | None = None
         self._bytes_read = 0
-        self._files: frozenset[Path] = frozenset()
+        self.traces = Traces(command.instance, command.launch, shared.records_dir, shared.cgroups)
         self._works: set[asyncio.Task[Any]] = set()
-        self._killing = False
+        self._killing = False  # told to end
+        self._ending = False  # an end is under way
+        self.over = False  # nothing of it is left
         self._terminated = False
+        self._complained = False
 
     @property
     def live(self) -> bool:
@@ -76,10 +74,8 @@ class Attempt:
             return
         try:
             self._spawn()
-        except OSError as error:
-            self._what = f"cannot run {self.launch.argv[0]}: {error.strerror or error}"
-            # 127: it cannot be run. Anything else may be over at the next try: no processes, no disk, no descriptors left.
-            self._status = 127 if error.errno in NOT_RUNNABLE else 126
+        except (OSError, ValueError) as error:
+            self._what, self._status = why_not_run(self.launch, error)
             self.post(Broken(self.instance, self.number, self._what, self._status))
             return
         assert self.child is not None
@@ -100,11 +96,14 @@ class Attempt:
         """Take over what an earlier daemon started. A leader that is gone is reported as Broken."""
         # With no pid there was no process that anybody saw; what is found by its cookie can still be killed.
         leader = Member(command.pid or 0, "", command.start)
-        self.child = adopt(leader, self.launch, cgroup=self._cgroup(), pidfd=pidfd)
+        self.traces.enclose(self.spec.memory_max)
+        self.traces.recall()
+        log = self.shared.log_dir / f"{self.instance}.log"
+        self.child = adopt(leader, self.launch, cgroup=self.traces.cgroup, pidfd=pidfd, log=log)
         self.watch = TreeWatch(self.child.leader, self._member_died)
-        self.transcript = Transcript(self.instance, self.number, self.shared)
-        for text in self.transcript.resume():
-            if not command.ready and (sign := read_sign(text)) is not None:
+        self.transcript = Transcript(self.instance, self.number, self.shared, self.veil)
+        for text in self.transcript.resume(starting=not command.ready):
+            if (sign := read_sign(text)) is not None:
                 self._heed(sign)
         if self.child.ended:
             self._what = "ended while vllmd was away"
@@ -121,25 +120,16 @@ class Attempt:
         else:
             self._begin(self._until_ready(), "probe")
 
-    def _cgroup(self) -> Path | None:
-        return cgroup.make(self.shared.cgroups, self.instance, self.spec.memory_max) if self.shared.cgroups else None
-
     def _spawn(self) -> None:
-        scratch = Path(self.launch.scratch)
-        scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self.launch.endpoint.startswith("unix:"):
-            # vLLM leaves its socket behind and will not start on one that exists.
-            path = Path(self.launch.endpoint.removeprefix("unix:"))
-            path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
+        scratch = self.traces.make(self.spec.memory_max)
         log = logfile.open_log(self.shared.log_dir, self.instance, self.shared.log_keep)
         if log.trouble:
             self.shared.complain(log.trouble)
         try:
-            self.child = spawn(self.launch, log_fd=log.fd, cwd=scratch, cgroup=self._cgroup())
+            self.child = spawn(self.launch, log_fd=log.fd, cwd=scratch, cgroup=self.traces.cgroup)
         finally:
             os.close(log.fd)
-        self.transcript = Transcript(self.instance, self.number, self.shared)
+        self.transcript = Transcript(self.instance, self.number, self.shared, self.veil)
 
     def _begin(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = self.shared.tasks.start(self._contained(work, name), f"{name} of {self.instance}#{self.number}")
@@ -151,7 +141,7 @@ class Attempt:
         try:
             await work
         except Exception as error:
-            self._what = f"internal error of vllmd ({name}): {error!r}"
+            self._what = self.veil(f"internal error of vllmd ({name}): {error!r}")
             self.shared.complain(f"{self.instance}: {self._what}")
             self.post(Broken(self.instance, self.number, self._what))
 
@@ -175,22 +165,28 @@ class Attempt:
         self.post(Broken(self.instance, self.number, self._what))
 
     async def _follow(self) -> None:
-        """Read the log as it grows: phases, numbers, signs of life; rotate it."""
+        """Read the log as it grows: phases, numbers, signs of life."""
+        assert self.transcript is not None
         while True:
             self.read_log()
-            await asyncio.sleep(FOLLOW_READY if self.is_ready and not self._terminated else FOLLOW_STARTING)
+            usual = FOLLOW_READY if self.is_ready and not self._terminated else FOLLOW_STARTING
+            await asyncio.sleep(self.transcript.pause(usual))
 
     def read_log(self) -> None:
-        """What the log has new, as events."""
+        """What the log has new, as events. A line that we cannot cope with is our defect, not the engine's."""
         assert self.transcript is not None
-        lines = self.transcript.read()
-        for text in lines:
-            if (sign := read_sign(text)) is not None:
-                self._heed(sign)
+        lines = []
+        try:
+            lines = self.transcript.read()
+            for text in lines:
+                if (sign := read_sign(text)) is not None:
+                    self._heed(sign)
+        except Exception as error:
+            if not self._complained:
+                self._complained = True
+                self.shared.complain(f"cannot follow the log of {self.instance}: {error!r} (a defect of vllmd)")
         if lines and not self.is_ready:
             self.post(Alive(self.instance, self.number))
-        if self.is_ready:
-            self.transcript.rotate()
 
     def _heed(self, sign: Sign) -> None:
         assert self.transcript is not None
@@ -198,7 +194,7 @@ class Attempt:
             if sign.phase is Phase.LOAD is not self.transcript.phase:
                 self._begin(self._find_files(), "shared memory")
             self.transcript.phase = sign.phase
-            self.post(Progress(self.instance, self.number, sign.phase, sign.fraction, sign.note))
+            self.post(Progress(self.instance, self.number, sign.phase, sign.fraction, self.veil(sign.note)))
             if sign.phase is Phase.HTTP:
                 self.inquiry.soon()
         if sign.figures is not None or sign.measured:
@@ -209,8 +205,7 @@ class Attempt:
     async def _find_files(self) -> None:
         """While they live: a dead process does not show what it had mapped. From loading on vLLM has its queues."""
         assert self.watch is not None
-        pids = [member.pid for member in self.watch.known]
-        self._files |= await in_thread(lambda: shared_files(pids), 2.0, self._files)
+        await self.traces.find([member.pid for member in self.watch.known])
 
     async def _until_ready(self) -> None:
         assert self.watch is not None
@@ -233,15 +228,19 @@ class Attempt:
         if self.watch is None:
             return frozenset()
         if self._killing:  # until the last of them is gone what they hold is theirs
-            return frozenset(member.pid for member in self.watch.known if member.pid in table)
+            known = self.watch.known
+            return frozenset(m.pid for m in known if m.pid in table and table[m.pid].member.start == m.start)
         group = cgroup.pids(self.child.cgroup if self.child else None)
         pids = frozenset(member.pid for member in self.watch.look(pids=group, table=table))
         if not self.is_ready:
-            read = sum(map(bytes_read, pids))
-            if read > self._bytes_read + (1 << 20):
-                self._bytes_read = read
-                self.post(Alive(self.instance, self.number))
+            self._begin(self._count_bytes(pids), "reading")
         return pids
+
+    async def _count_bytes(self, pids: frozenset[int]) -> None:
+        read = await in_thread(lambda: sum(map(bytes_read, pids)), 2.0, 0)
+        if read > self._bytes_read + (1 << 20):
+            self._bytes_read = read
+            self.post(Alive(self.instance, self.number))
 
     def terminate(self) -> None:
         """SIGTERM to the leader alone."""
@@ -252,10 +251,7 @@ class Attempt:
     async def _drained(self) -> None:
         """All requests are done. vLLM now waits 11 s for workers that do not go, more on a busy machine. A kill is 0.1 s,
         due as soon as no client reads the last words any more."""
-        for _ in range(int(DELIVER / FOLLOW_STARTING)):
-            if not await in_thread(lambda: connections(self.launch.endpoint), 1.0, 0):
-                break
-            await asyncio.sleep(FOLLOW_STARTING)
+        await self.inquiry.until_alone()
         self.post(Broken(self.instance, self.number, "drained", 0))
 
     def begin_canary(self) -> None:
@@ -263,42 +259,51 @@ class Attempt:
         self._begin(self.inquiry.canary(self.spec.category), "canary")
 
     async def kill(self, *, crashed: bool) -> None:
-        """End everything of it and report Gone, with the cause when it crashed."""
-        if self._killing:
+        """End everything of it and report Gone, with the cause when it crashed. Told again before it is over, it tries again
+        what failed: without Gone what the engine held is never given to anybody."""
+        if self._ending or self.over:
             return
-        self._killing = True
-        memory = cgroup.memory(self.child.cgroup) if self.child and self.child.cgroup else None
-        oom = memory.peak or memory.current if memory and memory.oom_kills else None
-        left = await self.end()
-        self.shared.notifier.drop(self.instance)
+        self._killing = self._ending = True
+        try:
+            memory = cgroup.memory(self.child.cgroup) if self.child and self.child.cgroup else None
+            oom = memory.peak or memory.current if memory and memory.oom_kills else None
+            left = await self.end()
+            self.over = True
+        except Exception as error:
+            self.shared.complain(f"cannot end {self.instance}: {error!r} (a defect of vllmd); it is tried again")
+            return
+        finally:
+            self._ending = False
         cause = None
-        if crashed:
-            path = self.shared.log_dir / f"{self.instance}.log"
-            lines: list[str] = (
-                await in_thread(lambda: tail(path, DIAGNOSED), READ_LIMIT, list[str]()) if self.child else []
-            )
-            cause = diagnose(
-                lines, status=self._status, what=self._what, rules=self.shared.rules, ready=self.is_ready,
-                phase=self.transcript.phase if self.transcript else None, oom=oom,
-            )  # fmt: skip
-            trouble = logfile.keep_failed(self.shared.log_dir, self.instance)
-            if trouble:
-                self.shared.complain(trouble)
-        self.post(Gone(self.instance, self.number, cause, left))
+        try:
+            self.shared.notifier.drop(self.instance)
+            if crashed:
+                cause = await find_cause(
+                    self.transcript, self.shared.rules, self.veil,
+                    status=self._status, what=self._what, ready=self.is_ready, oom=oom,
+                )  # fmt: skip
+                if self.transcript is not None:
+                    await self.transcript.keep()
+        except Exception as error:
+            self.shared.complain(f"{self.instance}: {self.veil(repr(error))} (a defect of vllmd)")
+        finally:
+            self.post(Gone(self.instance, self.number, cause, left))
 
     async def end(self) -> tuple[int, ...]:
         """Kill the tree, whatever was under way; returns the pids that live on. May be called again."""
         for task in list(self._works):
             task.cancel()
         left: tuple[int, ...] = ()
-        if self.child is not None and self.watch is not None:
+        if (child := self.child) is not None and self.watch is not None:
             known = self.watch.known
             self.watch.close()
-            left = await kill_tree(self.child, known, files=self._files)
-            self.child.close()
+            left = await kill_tree(child, known, files=self.traces.files)
+            await tell_runaways(child, self.instance, self.shared.complain)
+            child.close()
+        else:
+            await self.traces.remove()
         if self.transcript is not None:
-            self.transcript.rest()
-            self.transcript.close()
+            await self.transcript.finish()
         return left
 
     async def let_go(self) -> None:

@@ -69,7 +69,7 @@ class Daemon:
         self.started = time.monotonic()
         self.events = EventLog()
         self.voice = Voice(log, self.events)
-        self.store = Store(settings.daemon.state_dir)
+        self.store = Store(settings.daemon.state_dir, settings.daemon.runtime_dir)
         self.records = Records(settings.daemon.state_dir / "instances", boot_id())
         self.saver = Saver(self.records, lambda text: self.voice.note(Note("store", text, "error")))
         self.tasks = Tasks(self._task_failed)
@@ -108,7 +108,7 @@ class Daemon:
 
     async def _prepare(self) -> None:
         spec = self.settings.daemon
-        places, cgroups = prepare(spec, self.log)
+        places, cgroups = prepare(spec, self.log, self.ties.user_cgroup)
         left = await look_back(self.records, self.settings, places.mark, self.log)
         await clear_scratch(places.scratch, left.scratch)
         self.core = Core(self.settings, places, self.store.learned())
@@ -148,9 +148,8 @@ class Daemon:
         self.tasks.start(self.saver.run(), "records")
         self.tasks.start(self.ties.beat(lambda: self._queue.put_nowait(None)), "watchdog")
         web = [f"http://{host}:{port}" for host, port in self.listeners.addresses]
-        self.log.info(
-            "vllmd is ready", version=__version__, models=len(self.settings.models), socket=str(spec.socket), web=web
-        )
+        where = control[0].getsockname() if control else str(spec.socket)
+        self.log.info("vllmd is ready", version=__version__, models=len(self.settings.models), socket=where, web=web)
         self.handle(Boot(left.survivors))
         for instance in self.given.pidfds.keys() - self.attempts.keys():
             os.close(self.given.pidfds[instance])
@@ -302,10 +301,10 @@ class Daemon:
 
     def _task_failed(self, name: str, error: BaseException) -> None:
         """A bug. Models are ended by the same path as always; whoever started us may start us again."""
-        story = list(self.core.world.story)[-20:]
-        self.log.error(f"internal error in {name}: {error!r}; vllmd ends", story=story, exc_info=error)
         self.exit_code = 1
         self.finished.set()
+        story = list(self.core.world.story)[-20:]
+        self.log.error(f"internal error in {name}: {error!r}; vllmd ends", story=story, exc_info=error)
 
 
 async def run(settings: Settings, path: Path, given: Given, unit: Unit | None) -> int:

@@ -7,17 +7,20 @@ terminal nobody comes after it, so nothing is left.
 
 import asyncio
 import signal
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from vllmd.core.states import ALIVE
-from vllmd.edge.kill import in_thread
+from vllmd.edge.kill import end_runaways
+from vllmd.edge.tasks import in_thread
 from vllmd.events import Shutdown
+from vllmd.ground import release
 from vllmd.units import count
 
 if TYPE_CHECKING:
     from vllmd.daemon import Daemon
 
 LAST_WRITE = 5.0  # seconds that writing may take at the end: a disk that hangs must not hold up a shutdown
+LISTENERS_END, TASKS_END, MODELS_END = 5.0, 5.0, 60.0  # seconds that each of these may take
 
 
 class Ending:
@@ -66,22 +69,58 @@ class Ending:
                 daemon.tasks.start(daemon.ties.extend(daemon.core.world), "extend")
         daemon.post(Shutdown())
 
+    async def give_up(self) -> None:
+        """It cannot start: what was taken is given back, and what an earlier daemon left is let be."""
+        await self._step("listeners", self._hang_up, LISTENERS_END)
+        self._daemon.store.unlock()
+
     async def leave(self) -> None:
-        """Listeners first, so that nobody asks a daemon that is going; then what is still to be written."""
+        """What is to be done at the end, each step for itself: whatever fails in one, the next is done. After a failure the
+        models come first, as nobody knows what else has failed; otherwise they have ended by now, or are to stay."""
         daemon = self._daemon
         daemon.serving = False
-        await daemon.listeners.stop()
-        await daemon.tasks.end()
         stay = self._leaving or (daemon.exit_code != 0 and daemon.ties.supervised)
-        for inst in daemon.core.world.instances.values():
-            if inst.state in ALIVE and inst.id in daemon.attempts:  # none is, unless we leave them or have failed
-                attempt = daemon.attempts[inst.id]
-                await (attempt.let_go() if stay else attempt.end())
-        await in_thread(daemon.write, LAST_WRITE, None)
-        await (daemon.saver.flush(LAST_WRITE) if stay else daemon.saver.clear(LAST_WRITE))
+        if daemon.exit_code != 0:
+            await self._step("tasks", daemon.tasks.end, TASKS_END)
+            await self._part(stay)
+        # Before the tasks, so that requests in progress are answered; nobody asks a daemon that is going.
+        await self._step("listeners", self._hang_up, LISTENERS_END)
+        await self._step("tasks", daemon.tasks.end, TASKS_END)
+        await self._part(stay)
+        if not stay:
+            await self._step("runaways", self._end_runaways, MODELS_END)
+        await self._step("what was learned", lambda: in_thread(daemon.write, LAST_WRITE, None), LAST_WRITE + 1)
+        write = daemon.saver.flush if stay else daemon.saver.clear
+        await self._step("records", lambda: write(LAST_WRITE), LAST_WRITE + 1)
+        if not stay:
+            await self._step("scratch", self._release, LAST_WRITE + 1)
         daemon.store.unlock()
         daemon.log.info("vllmd has ended" + (", its models go on" if stay else ""))
         # A second signal now must not turn a good end into a death by signal.
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
+
+    async def _step(self, name: str, work: Callable[[], Awaitable[object]], limit: float) -> None:
+        try:
+            async with asyncio.timeout(limit):
+                await work()
+        except Exception as error:
+            self._daemon.log.error(f"cannot end {name}: {error!r}")
+
+    async def _part(self, stay: bool) -> None:
+        """End every attempt that is not over, or let go of it."""
+        left = [attempt for attempt in self._daemon.attempts.values() if not attempt.over]
+        works = ((each.instance, each.let_go if stay else each.end) for each in left)
+        await asyncio.gather(*(self._step(name, work, MODELS_END) for name, work in works))
+
+    async def _hang_up(self) -> None:
+        await self._daemon.listeners.stop()
+
+    async def _end_runaways(self) -> None:
+        if left := await end_runaways():
+            self._daemon.log.error("processes of models cannot be killed", pids=list(left))
+
+    async def _release(self) -> None:
+        places = self._daemon.core.world.places
+        await in_thread(lambda: release(places.scratch, places.mark), LAST_WRITE, None)

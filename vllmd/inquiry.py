@@ -5,10 +5,10 @@ Each answer becomes an event with the attempt's number; silence becomes none, an
 
 import asyncio
 
-from vllmd.edge.kill import in_thread
-from vllmd.edge.listener import listener_owner
+from vllmd.edge.listener import connections, listener_owner
 from vllmd.edge.probe import Counters, ProbeError
 from vllmd.edge.procfs import read_table
+from vllmd.edge.tasks import in_thread
 from vllmd.edge.tree import TreeWatch, fast_members
 from vllmd.events import CanaryBack, Pulse
 from vllmd.facts import Launch
@@ -17,6 +17,8 @@ from vllmd.shared import Shared
 PROBE_EVERY = 0.5  # seconds between probes of a start; the log's last line calls for one at once
 PULSE_EVERY = 5.0  # seconds between looks at a ready engine's counters, at most
 PROBE_TIMEOUT = 5.0
+DELIVER = 10.0  # seconds for the API server to hand on the last words of an engine that has finished
+CONNECTED_EVERY = 0.1  # seconds between looks at who is connected
 
 
 class Inquiry:
@@ -89,3 +91,10 @@ class Inquiry:
         except ProbeError:
             ok = False
         self.shared.post(CanaryBack(self.instance, self.attempt, ok))
+
+    async def until_alone(self) -> None:
+        """Until no client is connected any more, or DELIVER is over."""
+        for _ in range(int(DELIVER / CONNECTED_EVERY)):
+            if not await in_thread(lambda: connections(self.launch.endpoint), 1.0, 0):
+                return
+            await asyncio.sleep(CONNECTED_EVERY)

@@ -5,7 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
-LONGEST = 48  # bytes of a scratch root: vLLM adds names and a 36-character id for its sockets, and 107 is the limit
+LONGEST = 48  # bytes of a scratch root: vllmd/core/launch.py has the sum
 
 
 def mark_of(state_dir: Path) -> str:
@@ -14,11 +14,10 @@ def mark_of(state_dir: Path) -> str:
 
 
 def scratch_root(runtime_dir: Path, mark: str) -> Path:
-    """A directory for the instances' own temporary ones, short enough for their sockets' paths."""
-    near = runtime_dir / "tmp"
-    if len(str(near)) <= LONGEST:
-        return near
-    return Path(tempfile.gettempdir()) / f"{mark}-{os.getuid()}"
+    """A directory for the instances' own temporary ones: nobody else's name, and short enough for their sockets' paths."""
+    far = f"{mark}-{os.getuid()}"
+    places = (runtime_dir / f"tmp-{mark[-8:]}", Path(tempfile.gettempdir()) / far, Path("/tmp") / far)
+    return next((place for place in places if len(os.fsencode(place)) <= LONGEST), places[-1])
 
 
 def hf_home(cache_dir: Path) -> Path | None:

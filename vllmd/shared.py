@@ -14,7 +14,7 @@ from vllmd.events import Event
 
 @dataclass(slots=True)
 class Shared:
-    """What all attempts use. The log's limits change with a reload."""
+    """What all attempts use. The log's limits and the secrets change with a reload."""
 
     post: Callable[[Event], None]
     tasks: Tasks
@@ -28,3 +28,4 @@ class Shared:
     lines: Lines | None  # the journal, for what models print
     notifier: Notifier
     complain: Callable[[str], None]
+    secrets: frozenset[str] = frozenset()  # of all configurations so far: to be shown nowhere

@@ -7,17 +7,21 @@ touched.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from vllmd.config.change import differing, digest
+from vllmd.core.launch import socket_path
 from vllmd.core.states import State
 from vllmd.edge.journal import Log
-from vllmd.edge.kill import in_thread, kill_members
+from vllmd.edge.kill import kill_members
+from vllmd.edge.leftovers import clear, clear_sockets, shared_files
 from vllmd.edge.procfs import Member, read_stat
 from vllmd.edge.records import Records
+from vllmd.edge.tasks import in_thread
 from vllmd.edge.tree import find_marked
 from vllmd.record import Record, Survivor
-from vllmd.service import hide
 from vllmd.spec import ModelSpec, Settings
+from vllmd.veil import hide
 
 READ_LIMIT = 10.0  # seconds that reading the records may take
 LOOK_LIMIT = 5.0  # seconds that a look through /proc may take
@@ -39,7 +43,7 @@ class Left:
 
 
 async def look_back(kept: Records, settings: Settings, mark: str, log: Log) -> Left:
-    """Read the records, match them with processes, end the strays."""
+    """Read the records, match them with processes, end the strays, remove what is left of them."""
     unread: tuple[list[Record], list[str]] = ([], [f"cannot read {kept.directory}: it does not answer"])
     records, troubles = await in_thread(kept.read, READ_LIMIT, unread)
     nothing: Marked = ()
@@ -48,6 +52,8 @@ async def look_back(kept: Records, settings: Settings, mark: str, log: Log) -> L
         log.error(f"{text}; what it told of is ended and started anew")
     left = match(records, settings, marked)
     await end_strays(left.strays, log)
+    sockets = stale_sockets(left, records, settings, marked)
+    await in_thread(lambda: clear_sockets(sockets), LOOK_LIMIT, None)
     return left
 
 
@@ -92,12 +98,23 @@ def to_keep(record: Record, spec: ModelSpec, secrets: frozenset[str]) -> Record:
 
 
 async def end_strays(strays: Collection[Member], log: Log) -> None:
-    """End marked processes that no record tells of."""
+    """End marked processes that no record tells of, and what they had in shared memory."""
     if not strays:
         return
     log.warning(
         "an earlier vllmd left processes that no record tells of: ending them", pids=sorted(m.pid for m in strays)
     )
+    # Only a live process shows what it has mapped.
+    files = await in_thread(lambda: shared_files(m.pid for m in strays), LOOK_LIMIT, frozenset[Path]())
     left = await kill_members(frozenset(strays))
+    await in_thread(lambda: clear(files, "", ""), LOOK_LIMIT, None)
     if left:
         log.error("some of them cannot be killed", pids=list(left))
+
+
+def stale_sockets(left: Left, records: Sequence[Record], settings: Settings, marked: Marked) -> frozenset[Path]:
+    """Where engines that are gone may have left a socket: all names that we know of, but for those that go on."""
+    names = {*settings.models, *(record.id for record in records)}
+    names |= {cookie.split(":")[1] for _, cookie in marked if cookie.count(":") == 2}
+    names -= {survivor.record.id for survivor in left.survivors if survivor.spawned}
+    return frozenset(socket_path(settings.daemon.runtime_dir, name) for name in names)

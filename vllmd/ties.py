@@ -26,6 +26,11 @@ class Ties:
         """Whether somebody starts us again when we fail."""
         return self.notify.active
 
+    @property
+    def user_cgroup(self) -> str | None:
+        """The cgroup of the service that we are, if it is one of a user's own manager."""
+        return self.unit.cgroup if self.unit is not None and self.unit.user else None
+
     def tell(self, world: World) -> None:
         """One line on how things are."""
         self.notify.status(summary(world))

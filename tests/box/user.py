@@ -37,6 +37,7 @@ def main() -> None:
     ask("systemctl", "--user", "start", UNIT)
     before = service.wait("a", "ready")
     assert "ready" in ask("vllmctl", "status")
+    assert "/model-a" in Path(f"/proc/{before['pid']}/cgroup").read_text()
     old = pid()
     os.kill(old, 9)
     until(

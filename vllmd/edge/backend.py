@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 
 from vllmd.events import Answer
 
+HIDDEN: Final = "(hidden)"  # in the place of what nobody must see
 TYPE_OF_STATUS: Final = {400: "invalid_request", 403: "forbidden", 404: "not_found", 408: "timeout", 409: "conflict"}
 
 
@@ -80,9 +81,9 @@ class Refused(Exception):
 class LogReader(Protocol):
     """A place in a model's log. Neither method raises for what the disk does."""
 
-    def read(self) -> Sequence[Mapping[str, Any]]:
-        """The lines since the last call, oldest first, at most 1 MiB of them; the first call gives the tail asked for.
-        Each is {"text"} and what else is known of it ("time", "level", "progress"). Does not wait."""
+    async def read(self) -> Sequence[Mapping[str, Any]]:
+        """The next lines, oldest first, about 64 KiB of them; the first ones are of the tail that was asked for. None when
+        there is nothing more now. Each is {"text"} and what else is known of it ("time", "level", "progress")."""
 
     def close(self) -> None:
         """Let go of the file."""
@@ -111,9 +112,11 @@ class Backend(Protocol):
     def tallies(self) -> Tallies:
         """What is counted beside the status."""
 
-    def log(self, name: str, *, lines: int, since: float | None, failed: bool, previous: bool) -> LogReader:
-        """A configured model's log: its last `lines`, none older than `since` seconds, of this, the last failed or the
-        previous start. Raises Refused(404) if there is none."""
+    def log(
+        self, name: str, *, lines: int, since: float | None, failed: bool, previous: bool, follow: bool, most: int
+    ) -> LogReader:
+        """A configured model's log: its last `lines`, none older than `since` seconds, `most` bytes of it at most, of this,
+        the last failed or the previous start; with `follow` also what comes. Raises Refused(404) if there is none."""
 
     # -- act: the answer is known soon, the work takes as long as it takes
 

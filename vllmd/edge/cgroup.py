@@ -39,6 +39,13 @@ def delegated_root(mount: Path = MOUNT, own: Path = OWN) -> Path | None:
     return None
 
 
+def of_user_unit(path: str, mount: Path = MOUNT) -> Path | None:
+    """The directory of a user's own service, which its manager does not mark as delegated (systemd 252): ours if we may
+    write there. Only for the service that we are: another's would be taken away from it."""
+    directory = mount / path.lstrip("/")
+    return directory if os.access(directory / "cgroup.procs", os.W_OK) else None
+
+
 def enter_supervisor(root: Path) -> str:
     """Move ourselves to supervisor/ and let children have the memory and pids controllers.
 

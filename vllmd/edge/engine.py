@@ -35,6 +35,8 @@ SITES = (
 )
 #: Where `vllm serve` adds the flags of its HTTP server: since 0.32, and before.
 FRONT = ("entrypoints/launchers/cli_args.py", "entrypoints/openai/cli_args.py")
+#: The first lines of a script whose interpreter's path is too long for the kernel.
+TRAMPOLINE = re.compile(r"#!/bin/sh\n'''exec' (?P<quote>\"?)(.+?)(?P=quote) ")
 _parsing = threading.Lock()
 
 
@@ -56,7 +58,8 @@ def find_executable(name: str, command: str, env: Mapping[str, str]) -> Path | C
     if "/" not in command and not command.startswith("~"):
         found = shutil.which(command, path=env.get("PATH", os.defpath))
         if found:
-            return Path(found).absolute()
+            path = Path(found).absolute()
+            return check_interpreter(name, path, env) or path
         return no_executable(name, f"{command} is not in PATH", f"models.{name}.executable = the full path of vllm")
     path = Path(os.path.expanduser(command)).absolute()  # noqa: PTH111 - a "~name" that is nobody stays as it is
     if path.is_dir():
@@ -67,11 +70,31 @@ def find_executable(name: str, command: str, env: Mapping[str, str]) -> Path | C
         return no_executable(name, f"{path} does not exist", "install vLLM there, or correct executable")
     if not os.access(path, os.X_OK):
         return no_executable(name, f"{path} is not executable", f"chmod +x {path}")
-    return path
+    return check_interpreter(name, path, env) or path
 
 
 def no_executable(name: str, why: str, remedy: str) -> Cause:
     return Cause("no-executable", f"cannot start {name}: {why}", "vllm not found", (Remedy(remedy),), heals=False)
+
+
+def check_interpreter(name: str, path: Path, env: Mapping[str, str]) -> Cause | None:
+    """What a script's first line names and is not there: the kernel would say that the script itself is not. An environment
+    that was moved, or whose Python was removed."""
+    head = first_lines(path)
+    if not head.startswith("#!"):
+        return None
+    line, words = TRAMPOLINE.match(head), head[2:].partition("\n")[0].split()
+    program = line[2] if line else (words or [""])[0]
+    if program.startswith("/") and not os.access(program, os.X_OK):
+        why = "cannot be executed" if Path(program).exists() else "does not exist"
+        return no_executable(
+            name, f"{path} is run by {program}, which {why}", "install vLLM anew, or correct executable"
+        )
+    if Path(program).name == "env" and len(words) == 2 and not shutil.which(words[1], path=env.get("PATH", os.defpath)):
+        return no_executable(
+            name, f"{path} is run by {words[1]}, which is not in PATH", "install vLLM anew, or correct PATH"
+        )
+    return None
 
 
 def read_installation(executable: Path) -> Installation:
@@ -92,13 +115,20 @@ def roots(executable: Path) -> Iterable[Path]:
 
 def interpreter(executable: Path) -> Path | None:
     """The Python of a script's first line, or of its second where the first would have been too long for the kernel."""
+    head = first_lines(executable)
+    if match := TRAMPOLINE.match(head):
+        return Path(match[2])
+    match = re.match(r"#!\s*(\S*python\S*)", head)
+    return Path(match[1]) if match else None
+
+
+def first_lines(executable: Path) -> str:
+    """The beginning of a command; "" when it cannot be read."""
     try:
         with executable.open("rb") as file:
-            head = file.read(1024).decode(errors="replace")
+            return file.read(1024).decode(errors="replace")
     except OSError:
-        return None
-    match = re.match(r"#!\s*(\S*python\S*)", head) or re.match(r"#!/bin/sh\n'''exec' \"?([^\"\n]+?)\"? ", head)
-    return Path(match[1]) if match else None
+        return ""
 
 
 def package_in(site: Path) -> Path | None:

@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from vllmd.edge.backend import Access, Backend, Caller, Refused
 from vllmd.edge.params import Body, read_object, read_params, read_text
 from vllmd.edge.route import Call, Route, reply
-from vllmd.edge.routes import ROUTES, check_name
+from vllmd.edge.routes import LINES, ROUTES, SSE, check_name
 from vllmd.edge.stream import EventLog
 
 HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "vllmd"}
+STREAMS: Final = frozenset({SSE, LINES})  # kinds of answers that may have no end
 Words = tuple[str, ...]
 
 
@@ -36,7 +37,8 @@ class Limits:
     connections: int = 500
     request: float = 30.0  # until a request is complete; also how long a connection may idle
     patience: float = 30.0  # without taking anything of what it is sent
-    goodbye: float = 0.4  # that a response in progress gets when the daemon ends
+    grace: float = 0.3  # when the daemon ends: until a request that is on its way has come
+    goodbye: float = 0.4  # and that a response in progress gets
 
 
 class Gate:
@@ -75,10 +77,13 @@ class Gate:
         if route.access is Access.ADMIN and caller.access is not Access.ADMIN:
             hint = "use vllmctl on this machine, or: curl --unix-socket SOCKET"
             raise Refused(403, "read-only", f"{request.method} {route.path} is not allowed over TCP", hint)
+        await expect(request, body=route.body is not Body.NONE)
         text = await read_text(request, self._limits.request) if route.body is not Body.NONE else ""
         body = read_object(text) if route.body is Body.JSON else {}
         args = read_params(route.params, request.query, body)
         name = check_name(words[0], self._backend.status()["models"]) if words else ""
+        if request.method == "HEAD" and route.answer in STREAMS:
+            return web.Response(content_type=route.answer)  # what comes may have no end, and none of it may be sent
         call = Call(request, caller, self._backend, self._events, self._limits.patience, name, args, text)
         return await route.handler(call)
 
@@ -101,6 +106,8 @@ class Gate:
         try:
             async with asyncio.timeout(self._limits.patience):
                 if not response.prepared:
+                    if self._events.closed:
+                        response.force_close()  # the daemon ends: no further request is heard here
                     response.headers.update(HEADERS)
                     await response.prepare(request)
                 await response.write_eof()
@@ -109,10 +116,22 @@ class Gate:
         return response
 
 
+async def expect(request: web.BaseRequest, *, body: bool) -> None:
+    """Tell a client who waits with its body that it may come; not where none is taken. Raises Refused(417)."""
+    wanted = request.headers.get("Expect", "")
+    if not wanted or request.version < HttpVersion11:
+        return
+    if wanted.lower() != "100-continue":
+        raise Refused(417, "bad-expect", f"cannot meet the expectation {wanted[:80]!r}", "leave the header Expect out")
+    if body:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer has not begun
+
+
 def refuse(refusal: Refused) -> web.Response:
     """A refusal as a response. The connection ends with it: an unread body may stand in the way of the next request."""
     response = reply(refusal.body(), refusal.status, {**HEADERS, **refusal.headers})
-    if refusal.status in (400, 408, 413, 421):
+    if refusal.status in (400, 408, 413, 417, 421):
         response.force_close()
     return response
 

@@ -7,19 +7,20 @@ socket free.
 """
 
 import asyncio
-import contextlib
-import errno
-import grp
+import fcntl
 import logging
-import os
 import socket
-import stat
+import struct
+import termios
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
 from vllmd.edge.backend import Backend, Refused
+from vllmd.edge.bind import BACKLOG, bind_aside, bind_tcp, unlink
+from vllmd.edge.bind import ListenError as ListenError  # what `open` raises
 from vllmd.edge.gate import Gate, Limits, own_names, refuse
 from vllmd.edge.stream import EventLog, encode
 from vllmd.spec import HttpSpec
@@ -30,17 +31,33 @@ FULL = (
     "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\nRetry-After: 5\r\n\r\n"
     + encode(Refused(503, "full", "there are too many connections", "try again in some seconds").body())
 ).encode()
-BACKLOG = 512  # the default of 128 makes the rest of a burst wait a second for its SYN to be sent again
-
-
-class ListenError(Exception):
-    """A listener that cannot be opened: why, and what to do."""
+ACCEPTED = 5  # turns of the loop until what it has accepted is a connection
+HEAR_EVERY = 0.005  # seconds
 
 
 class Connection(web.RequestHandler):
     """aiohttp's connection, but what is not HTTP gets our kind of error, and no traceback in the log."""
 
-    __slots__ = ()
+    __slots__ = ("_begun",)
+
+    def __init__(self, server: web.Server, **options: Any) -> None:
+        super().__init__(server, **options)
+        self._begun = False  # a request has begun to arrive, and is not complete
+
+    def data_received(self, data: bytes) -> None:
+        """As always, and keep in mind whether somebody is in the middle of asking."""
+        count = self._request_count
+        super().data_received(data)
+        self._begun = self._request_count == count and not self._request_in_progress
+
+    @property
+    def owed(self) -> bool:
+        """Whether a request is on its way here, or has come and is not yet being answered. Somebody who has just connected
+        is about to ask."""
+        if self.transport is None or self._request_in_progress:
+            return False
+        idle = self._waiter is not None and not self._waiter.done()
+        return not idle or self._begun or self._request_count == 0 or unread(self.transport)
 
     def handle_error(
         self,
@@ -95,6 +112,9 @@ class Listeners:
         self._limits = limits or Limits()
         self._group = group
         self._inode: tuple[int, int] | None = None
+        self._control: list[socket.socket] = []
+        self._web: list[socket.socket] = []
+        self._bound = False
         self._servers: list[web.Server] = []
         self._open: list[asyncio.Server] = []
 
@@ -109,25 +129,38 @@ class Listeners:
         """How many clients are connected, on all listeners."""
         return sum(len(server.connections) for server in self._servers)
 
+    async def open(self) -> None:
+        """Take all addresses, or none: raises ListenError. Who connects from now on waits until `start`."""
+        self._bound = True
+        try:
+            self._control, self._web = list(self._given), list(self._tcp)
+            if self._path is not None and not self._given:
+                sock, self._inode = await bind_aside(self._path, self._group)
+                self._control = [sock]
+            for host, port in () if self._tcp else self._spec.listen:
+                self._web += await bind_tcp(host, port)
+        except BaseException:
+            await self.stop()
+            raise
+
     async def start(self) -> None:
-        """Open all, or none: raises ListenError."""
+        """Serve, and before that `open` if it has not been done."""
+        if not self._bound:
+            await self.open()
         loop = asyncio.get_running_loop()
         try:
-            control = list(self._given)
-            if self._path is not None and not control:
-                sock, self._inode = await asyncio.to_thread(bind_unix, self._path, self._group)
-                control = [sock]
-            if control:
+            if self._control:
                 factory = self._factory(Gate(self._backend, self._events, None, self._limits))
-                for sock in control:
-                    self._open.append(await loop.create_unix_server(factory, sock=sock, backlog=BACKLOG))
-            if self._spec.listen or self._tcp:
+                while self._control:
+                    server = await loop.create_unix_server(factory, sock=self._control[0], backlog=BACKLOG)
+                    self._open.append(server)
+                    del self._control[0]
+            if self._web:
                 names = own_names([host for host, _ in self._spec.listen])
                 factory = self._factory(Gate(self._backend, self._events, names, self._limits))
-                for sock in self._tcp:
-                    self._open.append(await loop.create_server(factory, sock=sock, backlog=BACKLOG))
-                for host, port in () if self._tcp else self._spec.listen:
-                    self._open.append(await open_tcp(factory, host, port))
+                while self._web:
+                    self._open.append(await loop.create_server(factory, sock=self._web[0], backlog=BACKLOG))
+                    del self._web[0]
         except BaseException:
             await self.stop()
             raise
@@ -139,14 +172,19 @@ class Listeners:
         return Factory(server, self._limits)
 
     async def stop(self) -> None:
-        """Close all within a second: streams get their `bye`, requests in progress a moment, the socket file goes."""
+        """Close all within a second: streams get their `bye`, requests in progress a moment, the socket file goes. Who has
+        been let in is heard out: the socket may stay, and its clients do not know that they were a moment too early."""
         self._events.close()
+        await self._accept_no_more()
         for listener in self._open:
             listener.close()
-        self._open.clear()
+        for sock in (*self._control, *self._web):
+            sock.close()
+        self._open, self._control, self._web = [], [], []
         if self._path is not None and self._inode is not None:
             unlink(self._path, self._inode)
             self._inode = None
+        await self._hear_out()
         for server in self._servers:
             transports = [c.transport for c in server.connections if c.transport is not None]
             server.pre_shutdown()
@@ -155,6 +193,38 @@ class Listeners:
                 if transport.get_write_buffer_size():  # it does not read; closing would wait for it
                     transport.abort()
         self._servers.clear()
+
+    async def _accept_no_more(self) -> None:
+        """Let in who waits already, and nobody else; each of them is a connection then. A listener that is closed while one is
+        on its way to that would lose it: neither served nor closed."""
+        loop = asyncio.get_running_loop()
+        for _ in range(ACCEPTED):
+            await asyncio.sleep(0)
+        for sock in (sock for listener in self._open for sock in listener.sockets):
+            loop.remove_reader(sock.fileno())
+        for _ in range(ACCEPTED):
+            await asyncio.sleep(0)
+
+    async def _hear_out(self) -> None:
+        """Until every request that is on its way has come, but not for long."""
+        end = asyncio.get_running_loop().time() + self._limits.grace
+        while asyncio.get_running_loop().time() < end:
+            connections = [c for server in self._servers for c in server.connections]
+            if not any(isinstance(each, Connection) and each.owed for each in connections):
+                return
+            await asyncio.sleep(HEAR_EVERY)
+
+
+def unread(transport: asyncio.BaseTransport) -> bool:
+    """Whether the kernel has bytes of this client that the loop has not read yet."""
+    sock = transport.get_extra_info("socket")
+    if sock is None or transport.is_closing():
+        return False
+    try:
+        count = fcntl.ioctl(sock.fileno(), termios.FIONREAD, struct.pack("i", 0))
+    except (OSError, ValueError):
+        return False
+    return bool(struct.unpack("i", count)[0])
 
 
 class Factory:
@@ -174,72 +244,5 @@ class Factory:
             keepalive_timeout=self._limits.request,
             lingering_time=1.0,
             auto_decompress=False,  # nobody sends a compressed body but who means harm
-            access_log=None,  # type: ignore[arg-type]  # documented as "no access log"
+            access_log=None,  # documented as "no access log"
         )
-
-
-async def open_tcp(factory: Factory, host: str, port: int) -> asyncio.Server:
-    """A listener on all addresses of `host`. Raises ListenError."""
-    try:
-        return await asyncio.get_running_loop().create_server(factory, host or None, port, backlog=BACKLOG)
-    except OSError as error:
-        hint = "change [http] listen"
-        if error.errno == errno.EADDRINUSE:
-            hint = f"ss -ltnp 'sport = :{port}' shows who has it; or {hint}"
-        raise ListenError(f"cannot listen on {host}:{port}: {error.strerror or error} ({hint})") from None
-
-
-def bind_unix(path: Path, group: str) -> tuple[socket.socket, tuple[int, int]]:
-    """A bound, not yet listening socket at `path` for us and `group`, and its device and inode. Raises ListenError.
-
-    Nobody can connect before it listens, so its mode is set in time. A file that is left of a dead daemon is replaced,
-    one on which somebody answers is not.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        path.parent.mkdir(mode=0o755 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
-        clear_stale(path)
-        sock.bind(str(path))
-        path.chmod(0o660 if give(path, group) else 0o600)
-        sock.setblocking(False)
-        made = path.stat()
-    except OSError as error:
-        sock.close()
-        hint = "a path of at most 107 bytes is needed" if len(os.fsencode(path)) > 107 else "change [daemon] socket"
-        raise ListenError(f"cannot listen on {path}: {error.strerror or error} ({hint})") from None
-    except ListenError:
-        sock.close()
-        raise
-    return sock, (made.st_dev, made.st_ino)
-
-
-def clear_stale(path: Path) -> None:
-    """Remove a socket file on which nobody answers. Raises ListenError where somebody does, or it is no socket."""
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise ListenError(f"cannot listen on {path}: it is no socket (move it away, or change [daemon] socket)")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(1.0)
-            try:
-                probe.connect(str(path))
-            except ConnectionRefusedError:
-                path.unlink()
-                return
-        raise ListenError(f"cannot listen on {path}: a running vllmd answers there (stop it first: vllmctl status)")
-
-
-def give(path: Path, group: str) -> bool:
-    """Give the file to `group`. Whether its group may be trusted with it: root's own may, another user's may not."""
-    try:
-        os.chown(path, -1, grp.getgrnam(group).gr_gid)
-    except (KeyError, PermissionError):
-        return os.geteuid() == 0
-    return True
-
-
-def unlink(path: Path, inode: tuple[int, int]) -> None:
-    """Remove our socket file, unless another daemon has put its own there."""
-    with contextlib.suppress(OSError):
-        found = path.lstat()
-        if (found.st_dev, found.st_ino) == inode:
-            path.unlink()

@@ -1,6 +1,7 @@
 """vllmd's own log: short fixed phrases with keys. In the journal with its fields, or on standard error for a console or
 as JSON lines. What models print goes to the journal beside it, under the model's name."""
 
+import json
 import logging
 import os
 import re
@@ -28,7 +29,7 @@ def configure(level: str = "info", form: str = "auto", stream: TextIO | None = N
     a journal both are a console. A given `stream` is written to, unless `form` is "journal".
     """
     journal = find_journal(form, socket) if stream is None or form == "journal" else None
-    stream = stream or sys.stderr
+    printed = Printed(sys.stderr if stream is None else stream, as_json=form == "json")
     if journal is not None:
         processors: list[Any] = [structlog.processors.format_exc_info, as_fields]
     elif form == "json":
@@ -40,7 +41,7 @@ def configure(level: str = "info", form: str = "auto", stream: TextIO | None = N
     structlog.configure(
         processors=[structlog.processors.add_log_level, *processors],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
-        logger_factory=structlog.PrintLoggerFactory(stream) if journal is None else lambda *_: _Entries(journal),
+        logger_factory=lambda *_: _Entries(journal) if journal is not None else printed,
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(level=logging.WARNING, handlers=[Relay()], force=True)
@@ -79,6 +80,46 @@ def _words(event: EventDict) -> str:
 
 
 _SILENT = ("attempt", "kind")  # said by the words already, or of use to programs only
+
+
+class Printed:
+    """structlog's last station for a console: what cannot be written there (a pipe that nobody reads any more, a full disk)
+    is dropped and counted, since a log must not end what it is about. How much it was is said once writing works again."""
+
+    def __init__(self, stream: TextIO | None, *, as_json: bool) -> None:
+        self.lost = 0
+        self._stream = stream
+        self._as_json = as_json
+
+    def msg(self, text: str) -> None:
+        told = self._told()
+        try:
+            self._write(f"{told}{text}\n")
+            self.lost = 0
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            self.lost += 1
+
+    log = debug = info = warn = warning = error = exception = critical = fatal = failure = err = msg
+
+    def _told(self) -> str:
+        if not self.lost:
+            return ""
+        said = f"{self.lost} lines of this log could not be written"
+        return (json.dumps({"event": said, "level": "warning"}) if self._as_json else f"warning: {said}") + "\n"
+
+    def _write(self, text: str) -> None:
+        if self._stream is None:  # started without one
+            return
+        try:
+            fd = self._stream.fileno()
+        except (OSError, ValueError):
+            self._stream.write(text)
+            self._stream.flush()
+            return
+        # Not through the stream: what it cannot write it keeps, and fails with it once more at the end of the program.
+        data = text.encode(errors="replace")
+        while data:
+            data = data[os.write(fd, data) :]
 
 
 class _Entries:

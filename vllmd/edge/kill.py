@@ -8,22 +8,21 @@ in a thread that is given up after its time: a process in the driver's hands mus
 import asyncio
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
 
 from vllmd.edge import cgroup, procfs, tree
 from vllmd.edge.leftovers import clear, shared_files
 from vllmd.edge.process import Child, reap_orphans
 from vllmd.edge.procfs import Member
+from vllmd.edge.strays import runaways, strays_of
+from vllmd.edge.tasks import in_thread as in_thread  # for those who look for it here
 
 ROUND = 10.0  # seconds that a killed process may take to end
 LOOK = 5.0  # seconds that a look through /proc may take
 TOTAL = 30.0  # seconds after which even a tree that forks on and on is given up
 
 NONE: frozenset[Member] = frozenset()
-T = TypeVar("T")
 
 
 async def kill_tree(
@@ -43,7 +42,8 @@ async def kill_tree(
     everyone = frozenset(known) | first
 
     def look() -> frozenset[Member]:
-        return tree.members(child.leader, child.cookie, everyone, pids=cgroup.pids(child.cgroup))
+        strays = strays_of(child, procfs.read_table())
+        return tree.members(child.leader, child.cookie, everyone, pids=cgroup.pids(child.cgroup) | strays)
 
     left = await _until_gone(first, look)
     reap_orphans(procfs.read_table())
@@ -64,43 +64,22 @@ async def sweep(prefix: str) -> tuple[int, ...]:
     return tuple(sorted(member.pid for member in left))
 
 
+async def end_runaways() -> tuple[int, ...]:
+    """Kill whatever ran away from engines and came to us, whosever it was: for when no engine is to go on. Returns the pids
+    that live on."""
+
+    def look() -> frozenset[Member]:
+        return frozenset(stat.member for stat in runaways(procfs.read_table()))
+
+    left = await _until_gone(frozenset(), look)
+    reap_orphans(procfs.read_table())
+    return tuple(sorted(member.pid for member in left))
+
+
 async def kill_members(found: frozenset[Member]) -> tuple[int, ...]:
     """Kill these and nothing else. Returns the pids that live on."""
     left = await _until_gone(found, lambda: frozenset(member for member in found if procfs.alive(member)))
     return tuple(sorted(member.pid for member in left))
-
-
-async def in_thread(work: Callable[[], T], limit: float, default: T) -> T:
-    """The result of `work`, run in a thread of its own; `default` when it raises OSError or takes longer than `limit`
-    seconds. The thread is a daemon: an executor's would keep the program from ending."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = work()
-        except BaseException as caught:  # carried over to the caller
-            error = caught
-        try:
-            loop.call_soon_threadsafe(settle, result, error)
-        except RuntimeError:
-            return  # the loop is closed: nobody waits any more
-
-    threading.Thread(target=run, name="vllmd-proc", daemon=True).start()
-    try:
-        async with asyncio.timeout(limit):  # wait_for loses a cancellation before Python 3.12
-            return await future
-    except (OSError, TimeoutError):
-        return default
 
 
 async def _until_gone(found: frozenset[Member], look: Callable[[], frozenset[Member]]) -> frozenset[Member]:

@@ -9,6 +9,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import stat
 import threading
 from collections.abc import Iterable
@@ -28,6 +29,23 @@ def shared_files(pids: Iterable[int]) -> frozenset[Path]:
     return frozenset(files[inode] for inode in held & files.keys())
 
 
+def note_files(note: Path, cookie: str, files: Iterable[Path]) -> None:
+    """Write down which files are those of the engine with this cookie. Raises OSError; may block."""
+    draft = note.with_name(f".{note.name}.new")
+    draft.write_text("\n".join([cookie, *sorted(map(str, files))]))
+    draft.replace(note)
+
+
+def noted_files(note: Path, cookie: str) -> frozenset[Path]:
+    """What was written down of that engine, as far as it may be true; nothing of another."""
+    try:
+        whose, *names = note.read_text(errors="replace").splitlines()
+    except (OSError, ValueError):
+        return frozenset()
+    paths = frozenset(map(Path, names)) if whose == cookie else frozenset()
+    return frozenset(path for path in paths if path.parent == SHM and path.name.startswith(SHM_NAMES))
+
+
 def clear(files: Iterable[Path], scratch: str, endpoint: str) -> None:
     """Remove those of `files` that nobody uses, the directory `scratch`, the socket of a unix: endpoint. May block."""
     for path in files:
@@ -39,6 +57,18 @@ def clear(files: Iterable[Path], scratch: str, endpoint: str) -> None:
         doomed = Path(f"{scratch}.gone-{os.getpid()}-{threading.get_ident()}")
         Path(scratch).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clear_sockets(paths: Iterable[Path]) -> None:
+    """Remove those of these sockets on which nobody listens. May block."""
+    for path in paths:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+            try:
+                sock.connect(str(path))
+            except ConnectionRefusedError:
+                _unlink_socket(path)
+            except OSError:  # none is there, or it is busy
+                continue
 
 
 def _unlink_socket(path: Path) -> None:

@@ -23,6 +23,8 @@ KINDS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
 }
 #: Categories of models that generate nothing: completions would only put an error into their log.
 POOLING: Final = frozenset({"embed", "embedding", "embeddings", "rerank", "score", "classify", "reward"})
+#: What a server answers to a kind of request that it does not serve, or not to us. Anything else may pass.
+NOT_SERVED: Final = frozenset({400, 401, 403, 404, 405, 422})
 
 
 class ProbeError(Exception):
@@ -88,16 +90,16 @@ class Probe:
             if status < 300:
                 self._kinds[endpoint, model] = kind
                 return True
-            if not 400 <= status < 500:
+            if status not in NOT_SERVED:
                 return False
         return None
 
     def _order(self, endpoint: str, model: str, categories: Collection[str]) -> list[str]:
-        known = self._kinds.get((endpoint, model))
-        if known is not None:
-            return [known]
         kinds = list(KINDS)
-        return kinds[1:] + kinds[:1] if POOLING & {each.lower() for each in categories} else kinds
+        if POOLING & {each.lower() for each in categories}:
+            kinds = kinds[1:] + kinds[:1]
+        known = self._kinds.get((endpoint, model))
+        return sorted(kinds, key=lambda kind: kind != known)  # another start of it may serve another kind
 
     def forget(self, endpoint: str) -> None:
         """The engine behind this endpoint is gone; the next one there may be another model."""

@@ -8,6 +8,7 @@ and session, cannot be given to a stranger. kill_tree reaps it, when nothing is 
 
 import asyncio
 import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -15,10 +16,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISREG
 
 from vllmd.edge.procfs import Member, Table, exit_of_stranger, open_pidfd, pid_of, read_stat, reap
 from vllmd.edge.tree import COOKIE
 from vllmd.facts import Launch
+
+NOT_RUNNABLE = (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.EPERM, errno.ENOTDIR, errno.ELOOP)
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -39,7 +43,7 @@ INHERITED = frozenset(
 )  # fmt: skip
 INHERITED_PREFIXES = ("LC_", "HF_", "TRANSFORMERS_", "NCCL_", "NVIDIA_")
 
-_leaders: set[int] = set()  # pids of our own children that are not closed yet
+_leaders: "dict[int, Child]" = {}  # our own children that are not closed yet, by pid
 
 # argv stays the real one: the shell becomes it. A cgroup that cannot be entered costs accounting, not the start.
 _ENTER_CGROUP = 'echo 0 > "$0"; exec "$@"'
@@ -55,6 +59,7 @@ class Child:
     endpoint: str
     scratch: str
     cgroup: Path | None = None
+    log: tuple[int, int] | None = None  # device and inode of the file that it writes to
     status: int | None = None  # exit status once ended; None also for a process that is not our child
     ended: bool = False
     _end: "asyncio.Future[int | None] | None" = field(default=None, repr=False)
@@ -109,7 +114,8 @@ class Child:
             asyncio.get_running_loop().remove_reader(self.pidfd)
             self._end.cancel()
         self.reap()
-        _leaders.discard(self.pid)
+        if _leaders.get(self.pid) is self:
+            del _leaders[self.pid]
         os.close(self.pidfd)
         self.pidfd = -1
 
@@ -134,12 +140,22 @@ def spawn(launch: Launch, *, log_fd: int, cwd: Path, cgroup: Path | None = None)
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         os.close(pidfd)
         raise OSError(f"cannot watch pid {process.pid}: no /proc entry (is /proc mounted, and not with hidepid=2?)")
-    _leaders.add(process.pid)
-    return Child(stat.member, pidfd, launch.cookie, launch.endpoint, launch.scratch, cgroup)
+    child = Child(stat.member, pidfd, launch.cookie, launch.endpoint, launch.scratch, cgroup, _file(os.fstat(log_fd)))
+    _leaders[process.pid] = child
+    return child
 
 
-def adopt(leader: Member, launch: Launch, *, cgroup: Path | None = None, pidfd: int | None = None) -> Child:
-    """An engine that an earlier daemon started; when its leader is gone, a child that has ended.
+def why_not_run(launch: Launch, error: OSError | ValueError) -> tuple[str, int]:
+    """Why `spawn` failed, as a sentence part, and the status that a shell would give: 127, it cannot be run. With 126 it may be
+    over at the next try: no processes, no disk, no descriptors left."""
+    number, said = (error.errno, error.strerror) if isinstance(error, OSError) else (errno.ENOEXEC, None)
+    return f"cannot run {launch.argv[0]}: {said or error}", 127 if number in NOT_RUNNABLE else 126
+
+
+def adopt(
+    leader: Member, launch: Launch, *, cgroup: Path | None = None, pidfd: int | None = None, log: Path | None = None
+) -> Child:
+    """An engine that an earlier daemon started; when its leader is gone, a child that has ended. `log` is what it writes to.
 
     `pidfd`, if given, was opened by that daemon and is taken over (or closed): it is this very process for sure.
     """
@@ -149,20 +165,39 @@ def adopt(leader: Member, launch: Launch, *, cgroup: Path | None = None, pidfd: 
         fd = None
     if fd is None:
         fd = open_pidfd(leader)
+    try:
+        written = _file(log.stat()) if log is not None else None
+    except OSError:
+        written = None
     stat = read_stat(leader.pid)
     if fd is None or stat is None or stat.dead:
         if fd is not None:
             os.close(fd)
-        return Child(leader, -1, launch.cookie, launch.endpoint, launch.scratch, cgroup, ended=True)
-    return Child(stat.member, fd, launch.cookie, launch.endpoint, launch.scratch, cgroup)
+        return Child(leader, -1, launch.cookie, launch.endpoint, launch.scratch, cgroup, written, ended=True)
+    return Child(stat.member, fd, launch.cookie, launch.endpoint, launch.scratch, cgroup, written)
 
 
 def environment(launch: Launch, own: Mapping[str, str]) -> dict[str, str]:
     """The child's environment: what it may inherit of `own`, then the launch's, then the cookie."""
-    env = {k: v for k, v in own.items() if k in INHERITED or k.startswith(INHERITED_PREFIXES)}
+    env = inherited(own)
     # setproctitle, which vLLM uses, otherwise writes the title over the environment, and the cookie cannot be read.
     env["SPT_NOENV"] = "1"
     return env | dict(launch.env) | {COOKIE: launch.cookie}
+
+
+def inherited(own: Mapping[str, str]) -> dict[str, str]:
+    """What of our environment is every child's as well."""
+    return {name: value for name, value in own.items() if name in INHERITED or name.startswith(INHERITED_PREFIXES)}
+
+
+def leaders() -> dict[int, Child]:
+    """The engines that we have started and not let go of, by pid. From any thread."""
+    return dict(_leaders)
+
+
+def _file(found: os.stat_result) -> tuple[int, int] | None:
+    """Which file it is; None for what is none (/dev/null, a pipe)."""
+    return (found.st_dev, found.st_ino) if S_ISREG(found.st_mode) else None
 
 
 def become_subreaper() -> bool:

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import cattrs
 
+from vllmd.edge.store import sync_directory
 from vllmd.record import Record
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+NOTES = (".at", ".shm")  # what the wiring notes beside a record: how far its log was read, its shared memory
 FORMAT = 1  # grows when an older vllmd could misread a record; fields may come and go without
 
 
@@ -45,21 +47,20 @@ class Records:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
+            sync_directory(self.directory)
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
 
     def remove(self, instance: str) -> None:
-        """Forget an instance; none is fine."""
-        with contextlib.suppress(OSError):
-            self._path(instance).unlink()
+        """Forget an instance, with what is noted beside its record; none is fine."""
+        _drop(self._path(instance))
 
     def clear(self) -> None:
         """Forget all: nothing is left that a record could tell of."""
         for path in self._all():
-            with contextlib.suppress(OSError):
-                path.unlink()
+            _drop(path)
 
     def read(self) -> tuple[list[Record], list[str]]:
         """All records of this boot, and what could not be understood, as sentences. Records of another boot are removed."""
@@ -70,7 +71,7 @@ class Records:
                 if raw["format"] > FORMAT:
                     raise ValueError(f"written by a newer vllmd (format {raw['format']})")
                 if raw["boot"] != self.boot:
-                    path.unlink()
+                    _drop(path)
                     continue
                 record = cattrs.structure(raw["record"], Record)
                 if self._path(record.id) != path:
@@ -100,6 +101,12 @@ class Records:
             return sorted(self.directory.glob("*.json"))
         except OSError:
             return []
+
+
+def _drop(record: Path) -> None:
+    for path in (record, *(record.with_suffix(suffix) for suffix in NOTES)):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _short(error: Exception) -> str:

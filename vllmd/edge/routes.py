@@ -2,12 +2,12 @@
 
 import asyncio
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aiohttp import web
 
-from vllmd.edge.backend import Access, Refused, Verb
+from vllmd.edge.backend import HIDDEN, Access, Refused, Verb
 from vllmd.edge.metrics import CONTENT_TYPE, render
 from vllmd.edge.openapi import describe
 from vllmd.edge.params import Body, Kind, Param
@@ -88,7 +88,19 @@ async def devices(call: Call) -> web.StreamResponse:
 
 
 async def show(call: Call) -> web.StreamResponse:
-    return reply(call.backend.model(call.name))
+    value = call.backend.model(call.name)
+    return reply(value if call.caller.access is Access.ADMIN else names_only(value))
+
+
+def names_only(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a model without what its environment holds: a secret may stand under any name."""
+
+    def without(table: Mapping[str, Any]) -> dict[str, Any]:
+        env = table.get("env")
+        return {**table, "env": dict.fromkeys(env, HIDDEN)} if isinstance(env, Mapping) else dict(table)
+
+    shown = without(value)
+    return {**shown, "spec": without(spec)} if isinstance(spec := value.get("spec"), Mapping) else shown
 
 
 async def why(call: Call) -> web.StreamResponse:

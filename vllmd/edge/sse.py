@@ -1,4 +1,4 @@
-"""Server-sent events: the daemon's events and a model's log, each as one endless response.
+"""Server-sent events: the daemon's events and a model's log, each as one endless response; and a log to its end.
 
 Every stream carries the clock each five seconds (a client that hears nothing for 15 s has lost us), and ends with
 `bye` when the daemon does. A client that takes nothing for `patience` seconds is cut off.
@@ -28,12 +28,12 @@ HEADERS = {
 class Feed:
     """One open stream to one client."""
 
-    def __init__(self, request: web.BaseRequest, patience: float) -> None:
+    def __init__(self, request: web.BaseRequest, patience: float, headers: Mapping[str, str] = HEADERS) -> None:
         self._request = request
         self._patience = patience
         self._loop = asyncio.get_running_loop()
         self._clock_due = self._loop.time() + CLOCK_EVERY
-        self.response = web.StreamResponse(headers=HEADERS)
+        self.response = web.StreamResponse(headers=headers)
 
     async def open(self) -> None:
         """Send the head, and how long to wait before coming back."""
@@ -93,10 +93,20 @@ async def send_log(request: web.BaseRequest, log: EventLog, reader: LogReader, p
     feed = Feed(request, patience)
     await feed.open()
     while not log.closed:
-        lines = reader.read()
+        lines = await reader.read()
         if lines:
             await feed.send(b"".join(frame(Event(None, "line", encode(line))) for line in lines))
         else:
             await asyncio.sleep(LOG_POLL)
         await feed.tick()
     return await feed.end()
+
+
+async def send_lines(request: web.BaseRequest, reader: LogReader, patience: float) -> web.StreamResponse:
+    """A model's log to where it ends now, one JSON object per line, piece by piece: none is held for who reads slowly."""
+    feed = Feed(request, patience, {**HEADERS, "Content-Type": "application/x-ndjson"})
+    await feed.response.prepare(request)
+    while lines := await reader.read():
+        await feed.send("".join(encode(line) + "\n" for line in lines).encode())
+    await feed.response.write_eof()
+    return feed.response

@@ -7,6 +7,7 @@ written, nothing else. One daemon per state directory: a lock that dies with its
 import contextlib
 import fcntl
 import json
+import math
 import os
 import threading
 from collections.abc import Mapping
@@ -16,42 +17,77 @@ from typing import Any
 
 from vllmd.facts import Learned
 
+LARGEST = 1 << 60  # bytes; no machine has that
+
 
 class Taken(Exception):
-    """Another daemon uses this state directory; the message names it."""
+    """Another daemon uses this directory; the message names it."""
 
 
-class Store:
-    """The state directory. `complaints` collects what went wrong, for the operator; reading it empties it."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self._lock: int | None = None
-        self._complaints: list[str] = []
-        self._writing = threading.Lock()  # a write that hangs may be given up, and is not to be met by another one
-
-    def lock(self) -> None:
-        """Take the directory for this process, until it ends. Raises Taken with the holder's pid, OSError if unwritable."""
-        self.directory.mkdir(parents=True, exist_ok=True, mode=0o750)
-        fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+def take(path: Path, key: str) -> int:
+    """Hold a lock file until the descriptor that is returned is closed. Raises Taken with the holder's pid, and `key` as what
+    to set otherwise; OSError if it cannot be written."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
             os.close(fd)
             raise Taken(
-                f"vllmd already runs on {self.directory} (pid {holder}): stop it, or set daemon.state_dir to another one"
+                f"vllmd already runs on {path.parent} (pid {holder}): stop it, or set {key} to another one"
             ) from None
-        with contextlib.suppress(OSError):  # a full disk: the lock holds, only its label is missing
-            os.ftruncate(fd, 0)
-            os.write(fd, f"{os.getpid()}\n".encode())
-        self._lock = fd
+        if _bears(path, fd):
+            break
+        os.close(fd)  # its holder has just removed it
+    with contextlib.suppress(OSError):  # a full disk: the lock holds, only its label is missing
+        os.ftruncate(fd, 0)
+        os.write(fd, f"{os.getpid()}\n".encode())
+    return fd
+
+
+def _bears(path: Path, fd: int) -> bool:
+    """Whether the open file still has its name."""
+    try:
+        there, held = path.lstat(), os.fstat(fd)
+    except OSError:
+        return False
+    return (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)
+
+
+class Store:
+    """The state directory, and the runtime directory as far as it is locked with it: who shares either with another daemon
+    would take its models for leftovers. `complaints` collects what went wrong, for the operator; reading it empties it."""
+
+    def __init__(self, directory: Path, runtime: Path | None = None) -> None:
+        self.directory = directory
+        self._runtime = runtime / "vllmd.lock" if runtime is not None else None
+        self._locks: list[int] = []
+        self._complaints: list[str] = []
+        self._writing = threading.Lock()  # a write that hangs may be given up, and is not to be met by another one
+
+    def lock(self) -> None:
+        """Take the directories for this process, until it ends. Raises Taken with the holder's pid, OSError if unwritable."""
+        wanted = [(self.directory / "lock", "daemon.state_dir")]
+        wanted += [(self._runtime, "daemon.runtime_dir")] if self._runtime is not None else []
+        try:
+            for path, key in wanted:
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+                self._locks.append(take(path, key))
+        except BaseException:
+            self._let_go()
+            raise
 
     def unlock(self) -> None:
-        """Give the directory back."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Give the directories back. In the runtime directory nothing is left of it."""
+        if self._runtime is not None and self._locks:
+            with contextlib.suppress(OSError):
+                self._runtime.unlink()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        while self._locks:
+            os.close(self._locks.pop())
 
     def complaints(self) -> list[str]:
         """What could not be read or written since the last call."""
@@ -59,12 +95,20 @@ class Store:
         return said
 
     def learned(self) -> dict[str, Learned]:
-        """All learned needs that can be understood; {} when there are none or the file is damaged."""
-        needs = {}
+        """All learned needs that make sense; {} when there are none or the file is damaged. One that does not would let more
+        be promised than there is."""
+        needs, odd = {}, []
         for key, value in self._read("needs.json").items():
-            with contextlib.suppress(TypeError, ValueError, LookupError, AttributeError, OverflowError):
-                phases = {str(phase): float(seconds) for phase, seconds in value["phases"].items()}
-                needs[key] = Learned(int(value["base"]), int(value["kv"]), phases, float(value["total"]))
+            try:
+                needs[key] = _need(value)
+            except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
+                odd.append(key)
+        if odd:
+            path = self.directory / "needs.json"
+            shown = ", ".join(each[:80] for each in odd[:3]) + (", ..." if len(odd) > 3 else "")
+            self._complaints.append(
+                f"{path}: {len(odd)} of what was learned makes no sense and is learned anew: {shown}"
+            )
         return needs
 
     def good(self) -> dict[str, dict[str, str]]:
@@ -108,7 +152,33 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
                 temporary.rename(path)
+                sync_directory(self.directory)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             self._complaints.append(f"cannot write {path}: {error.strerror}; it stays as it was")
+
+
+def sync_directory(directory: Path) -> None:
+    """Have the names in it on disk: a rename that is not may be undone by a power cut. Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _need(value: Any) -> Learned:
+    """One row of needs.json. Raises ValueError and its like for what no start can have taught."""
+    phases = {str(phase): _seconds(seconds) for phase, seconds in value["phases"].items()}
+    base, kv = int(value["base"]), int(value["kv"])
+    if not (0 < base < LARGEST and 0 <= kv < LARGEST):
+        raise ValueError(f"{base} and {kv} bytes")
+    return Learned(base, kv, phases, _seconds(value["total"]))
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(value)
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"{seconds} seconds")
+    return seconds

@@ -1,8 +1,12 @@
-"""Named tasks that are kept and whose errors are not lost. The only place that starts one."""
+"""Named tasks that are kept and whose errors are not lost, and work in threads that can be given up. The only place that
+starts either."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Tasks:
@@ -30,3 +34,40 @@ class Tasks:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def in_thread(work: Callable[[], T], limit: float, default: T) -> T:
+    """The result of `work`, run in a thread of its own; `default` when it raises OSError or takes longer than `limit`
+    seconds, or when there is no thread to be had. The thread is a daemon: an executor's would keep the program from
+    ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as caught:  # carried over to the caller
+            error = caught
+        try:
+            loop.call_soon_threadsafe(settle, result, error)
+        except RuntimeError:
+            return  # the loop is closed: nobody waits any more
+
+    try:
+        threading.Thread(target=run, name="vllmd-aside", daemon=True).start()
+    except RuntimeError:  # "can't start new thread"
+        return default
+    try:
+        async with asyncio.timeout(limit):  # wait_for loses a cancellation before Python 3.12
+            return await future
+    except (OSError, TimeoutError):
+        return default
