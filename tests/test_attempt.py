@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -49,6 +50,7 @@ class Bench:
         self.folder = folder
         self.posted: asyncio.Queue[Event] = asyncio.Queue()
         self.said: list[str] = []
+        self.attempts: list[Attempt] = []
         self.tasks = Tasks(lambda name, error: pytest.fail(f"{name}: {error!r}"))
         self.journal = Journal()
         (folder / "log").mkdir()
@@ -63,9 +65,15 @@ class Bench:
         argv = keys.pop("argv", (sys.executable, "-I", "-S", "-c", code))
         spec = ModelSpec("a", "/m", **keys)
         launch = Launch(
-            argv, spec.env, f"unix:{self.folder}/a.sock", "a", str(self.folder / "scratch" / "a-1"), "test:a:1"
+            argv,
+            spec.env,
+            f"unix:{self.folder}/a.sock",
+            "a",
+            str(self.folder / "scratch" / "a-1"),
+            f"test-{uuid4().hex}:a:1",
         )
-        return Attempt(Spawn("a", 1, "a", launch), spec, self.shared)
+        self.attempts.append(Attempt(Spawn("a", 1, "a", launch), spec, self.shared))
+        return self.attempts[-1]
 
     async def told(self, kind: type[Event], so: Callable[[Any], bool] = lambda _: True) -> Any:
         """The next event of a kind."""
@@ -81,6 +89,9 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     made = Bench(tmp_path)
     yield made
     await made.tasks.end()
+    for attempt in made.attempts:
+        if not attempt.over:
+            await attempt.end()
 
 
 # -- the end ----------------------------------------------------------------------------------------------------------

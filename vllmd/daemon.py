@@ -127,6 +127,7 @@ class Daemon:
             Lines(journal) if journal else None,
             self.given.notify,
             lambda text: self.voice.note(Note("log", text, "error")),
+            self.settings.secrets,
         )
         self._complain()
         self.handle(await self.lookout.devices(left.pids))
@@ -173,6 +174,7 @@ class Daemon:
         """A reloaded configuration: what of it concerns the wiring."""
         old, self.settings = self.settings, settings
         self.shared.log_size, self.shared.log_keep = settings.daemon.log_size, settings.daemon.log_keep
+        self.shared.secrets |= settings.secrets
         if settings.daemon.log_level != old.daemon.log_level:
             self.log = self.voice.log = configure(settings.daemon.log_level, settings.daemon.log_format)
 

@@ -19,8 +19,8 @@ from vllmd.units import span
 #: Fields that an instance and its record share.
 SHARED = (
     "attempt", "wanted", "since", "deadline", "pid", "pid_start", "launch", "devices", "need", "key", "measuring",
-    "drain_held", "hurried", "crashed", "insisted", "started", "ready_at", "broke_at", "figures", "learned", "disturbed", "verdict", "cause",
-    "cause_at", "cause_memory", "changed", "last", "last_at", "restarts",
+    "drain_held", "hurried", "crashed", "insisted", "started", "ready_at", "broke_at", "figures", "learned",
+    "disturbed", "verdict", "cause", "cause_at", "cause_memory", "changed", "last", "last_at", "restarts",
 )  # fmt: skip
 
 #: How an instance that is stopped comes to be what the record says, by moves of the table.
