@@ -99,6 +99,7 @@ class Daemon:
             await self._prepare()
         except ListenError as error:
             self.log.error(str(error))
+            await self.ending.give_up()
             return 1
         try:
             await self.finished.wait()
@@ -108,6 +109,17 @@ class Daemon:
 
     async def _prepare(self) -> None:
         spec = self.settings.daemon
+        self.service = Service(self)
+        control = self.given.sockets.get("control", ())
+        self.listeners = Listeners(
+            self.service,
+            self.events,
+            spec.socket,
+            self.settings.http,
+            given=control,
+            tcp=self.given.sockets.get("http", ()),
+        )
+        await self.listeners.open()  # all that may refuse us, before anything of an earlier daemon is touched
         places, cgroups = prepare(spec, self.log, self.ties.user_cgroup)
         left = await look_back(self.records, self.settings, places.mark, self.log)
         await clear_scratch(places.scratch, left.scratch)
@@ -131,16 +143,6 @@ class Daemon:
         )
         self._complain()
         self.handle(await self.lookout.devices(left.pids))
-        self.service = Service(self)
-        control = self.given.sockets.get("control", ())
-        self.listeners = Listeners(
-            self.service,
-            self.events,
-            spec.socket,
-            self.settings.http,
-            given=control,
-            tcp=self.given.sockets.get("http", ()),
-        )
         await self.listeners.start()
         self.serving = True
         self.tasks.start(self._decide(), "core")

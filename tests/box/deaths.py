@@ -30,6 +30,7 @@ def die(service: Service, verb: str, name: str, state: str, pause: float) -> Non
     time.sleep(pause)  # the moment is the test's stimulus
     wanted = {model["name"]: model["wanted"] for model in service.status()["models"]}
     service.kill()
+    assert service.socket.is_socket(), "systemd holds the socket over a crash"
     check(service, wanted)
 
 

@@ -81,6 +81,7 @@ def drain(service: Service) -> None:
     took = time.monotonic() - began
     assert took > 4.0 and run("systemctl", "show", "-p", "Result", "--value", UNIT).out.strip() == "success", took
     report("a stop that drains, with TimeoutStopSec=3", took)
+    until(lambda: run("systemctl", "is-active", "vllmd.socket", check=False).out.strip() == "inactive")
     run("rm", f"/etc/systemd/system/{UNIT}.d/short.conf")
     run("systemctl", "daemon-reload")
     run("systemctl", "start", UNIT)
