@@ -450,3 +450,11 @@ def test_the_file_is_found_by_variable_then_by_user(tmp_path: Path) -> None:
     own.parent.mkdir(parents=True)
     own.touch()
     assert find_config(env, root=False) == own
+
+
+def test_a_model_must_not_take_the_control_socket(check: Check, tmp_path: Path) -> None:
+    """A model's socket is runtime_dir/NAME.sock, and the daemon's own is there too where nobody says otherwise."""
+    text = '[models.vllmd]\nmodel = "owner/name"\n'
+    (line,) = told(lambda: check(text), tmp_path)
+    assert "vllmd's own control socket /run/user/7/vllmd/vllmd.sock" in line
+    assert check(text + "port = 8000\n").models["vllmd"].port == 8000

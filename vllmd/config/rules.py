@@ -112,3 +112,6 @@ def _sockets(draft: Draft, names: list[str], paths: dict[str, Path]) -> Iterator
         if len(name) > room and draft.of(name, "port") is None:
             text = f"its socket in {paths['runtime_dir']} would have too long a path by {len(name) - room} bytes"
             yield Fault(text, "a shorter name, a shorter daemon.runtime_dir, or a port", ("models", name))
+        if paths["runtime_dir"] / f"{name}.sock" == paths["socket"] and draft.of(name, "port") is None:
+            text = f"its socket would be vllmd's own control socket {paths['socket']}"
+            yield Fault(text, "another name, or a port", ("models", name))
