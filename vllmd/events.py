@@ -170,9 +170,44 @@ class DevicesRead:
     trouble: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The line of requests for a model is another one: `waiting` of them, the oldest since `since` (0 = nobody waits). Told
+    when the first comes, when the oldest is another, and when nobody is left. `priority` is the highest among them."""
+
+    model: str
+    waiting: int
+    since: float = 0.0
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What the gateway has at an instance: requests under way now, and how many have begun since the attempt serves. Told when
+    it becomes idle or busy and somebody waits anywhere, else at most twice a second. `at`: when the last one ended or began."""
+
+    instance: str
+    attempt: int
+    running: int
+    begun: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lend:
+    """Somebody needs `size` bytes of a device (None = the one with most room) for `seconds`, for something else. A size of 0
+    gives all of it back."""
+
+    size: int
+    seconds: float
+    device: str | None = None
+    ticket: int | None = None
+
+
 Event = (
     Boot | Start | Stop | Restart | Reload | Shutdown
     | Inspected | Spawned | Alive | Progress | Printed | Ready | Pulse | CanaryBack | Broken | Gone | DevicesRead
+    | Wanted | Used | Lend
 )  # fmt: skip
 
 
@@ -298,11 +333,41 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
+class Open:
+    """The model's door: from now on requests for it go to this instance, first those that wait."""
+
+    instance: str
+    attempt: int
+    model: str
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shut:
+    """No more requests for this instance: they wait in line. Those under way go on; when there are none any more, Used says
+    so."""
+
+    instance: str
+    attempt: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Who waits for the model waits in vain: 503 with this cause, to be tried again in `after` seconds (None = there is no
+    telling). Who comes later stands in line anew."""
+
+    model: str
+    cause: Cause
+    after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """Everything has ended after Shutdown: the daemon may exit."""
 
 
 Command = (
     Inspect | Spawn | Adopt | Save | Terminate | KillTree | Canary | ReadDevices | Answer | Remember | Keep | Forget
-    | Note | Finish
+    | Note | Open | Shut | Refuse | Finish
 )  # fmt: skip

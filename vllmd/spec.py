@@ -37,6 +37,17 @@ class RestartRule:
 
 
 @dataclass(frozen=True, slots=True)
+class Alias:
+    """Another name for requests to a model. `defaults` fill parameters that a request leaves out, `force` replaces them, `drop`
+    takes them out. Values as in JSON."""
+
+    name: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    force: Mapping[str, Any] = field(default_factory=dict)
+    drop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One [models.NAME] table with [defaults] applied."""
 
@@ -60,7 +71,13 @@ class ModelSpec:
     pinned: bool = False
     ttl: float | None = None
     priority: int = 0
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[Alias, ...] = ()
+    on_demand: bool = True  # a request starts it
+    home: bool = False  # comes back when there is room after it had to make room
+    queue: int = 256  # requests that may wait for it
+    concurrency: int = 1024  # requests that are handed to its engine at once
+    min_resident: float = 60.0  # once used it stays for so long
+    max_wait: float = 120.0  # patience of who waits for it: after that it need not be considerate
     swap: str = "stop"
     on_overrun: Overrun = Overrun.WARN
     start_stall: float = 180.0
@@ -95,11 +112,37 @@ class DaemonSpec:
     log_keep: int = 10  # rotated files kept per model
 
 
+class Scope(StrEnum):
+    """What an API key is good for: requests to models, looking, changing. Each is given for itself."""
+
+    INFER = "infer"
+    READ = "read"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """One [keys.NAME] table. The key itself is nowhere: `digest` is the SHA-256 of it, in hex. `models` None = all of them."""
+
+    name: str
+    digest: str
+    scopes: frozenset[Scope] = frozenset({Scope.INFER})
+    models: tuple[str, ...] | None = None
+    priority: int = 0  # added to the model's
+
+
 @dataclass(frozen=True, slots=True)
 class HttpSpec:
-    """The [http] table; `listen` holds (host, port), empty = no TCP listener."""
+    """The [http] table; `listen` holds (host, port), empty = no TCP listener. Sizes in bytes."""
 
     listen: tuple[tuple[str, int], ...] = (("127.0.0.1", 8400),)
+    tls_cert: Path | None = None  # both or none; a chain in PEM
+    tls_key: Path | None = None
+    hosts: tuple[str, ...] = ()  # names under which we may be asked, beside our own
+    origins: tuple[str, ...] = ()  # pages that may ask ("https://ui.example"), beside our own
+    open_loopback: bool = True  # who comes from this machine needs no key to look and to ask models
+    max_body: int = 256 << 20  # of one request
+    memory: int = 512 << 20  # of all requests that wait or are on their way to an engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +153,7 @@ class Settings:
     http: HttpSpec = HttpSpec()
     devices: Mapping[str, DeviceRule] = field(default_factory=dict)  # key: "*", an index, a UUID or "cpu"
     models: Mapping[str, ModelSpec] = field(default_factory=dict)  # in file order
+    keys: Mapping[str, ApiKey] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
     warnings: tuple[str, ...] = ()
     secrets: frozenset[str] = frozenset()  # what ${...} put into `env`, whole values and parts: to be shown nowhere
