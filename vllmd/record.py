@@ -43,6 +43,7 @@ class Record:
     hurried: bool = False
     crashed: bool = False
     insisted: bool = False
+    by_demand: bool = False
 
     started: float = 0.0
     ready_at: float | None = None

@@ -20,7 +20,7 @@ from vllmd.units import span
 SHARED = (
     "attempt", "wanted", "since", "deadline", "pid", "pid_start", "launch", "devices", "need", "key", "measuring",
     "drain_held", "hurried", "crashed", "insisted", "started", "ready_at", "broke_at", "figures", "learned",
-    "disturbed", "verdict", "cause", "cause_at", "cause_memory", "changed", "last", "last_at", "restarts",
+    "disturbed", "by_demand", "verdict", "cause", "cause_at", "cause_memory", "changed", "last", "last_at", "restarts",
 )  # fmt: skip
 
 #: How an instance that is stopped comes to be what the record says, by moves of the table.
@@ -85,7 +85,9 @@ def take_over(world: World, inst: Instance, survivor: Survivor, state: State, no
             inst.resumed = True
             inst.heard, inst.phase_since, inst.deadline = now, now, now + inst.spec.start_stall
         case State.READY:
-            inst.proved, inst.tokens_at = now, now
+            inst.proved, inst.tokens_at, inst.used_at = now, now, now
+            inst.wanted = True  # it was about to make room, perhaps: who needs that will ask again
+            world.open(inst)
             arm(inst)
             world.emit(ReadDevices())
         case State.DRAINING:

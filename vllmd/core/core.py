@@ -7,7 +7,7 @@ dropped by comparing their number.
 import difflib
 from collections.abc import Mapping, Sequence
 
-from vllmd.core import adoption, health, reload, starts, stops, usage
+from vllmd.core import adoption, demand, health, reload, room, starts, stops, usage
 from vllmd.core.launch import Places
 from vllmd.core.ledger import Ledger
 from vllmd.core.refusals import never_fit
@@ -36,11 +36,13 @@ from vllmd.events import (
     Spawned,
     Start,
     Stop,
+    Used,
+    Wanted,
 )
 from vllmd.facts import Learned
 from vllmd.spec import ModelSpec, Settings
 
-Report = Inspected | Spawned | Alive | Progress | Printed | Ready | Pulse | CanaryBack | Broken | Gone
+Report = Inspected | Spawned | Alive | Progress | Printed | Ready | Pulse | CanaryBack | Broken | Gone | Used
 
 
 class Core:
@@ -75,10 +77,13 @@ class Core:
                 | CanaryBack()
                 | Broken()
                 | Gone()
+                | Used()
             ):
                 inst = world.instances.get(event.instance)
                 if inst is not None and inst.attempt == event.attempt:
                     self._report(inst, event, now)
+            case Wanted():
+                demand.wanted(world, event, now)
             case DevicesRead():
                 usage.devices_read(world, event, now)
             case Boot():
@@ -93,6 +98,7 @@ class Core:
                 reload.reload(world, event, now)
             case Shutdown():
                 self._shutdown(now)
+        self._tend(now)
         self._drop_removed()
         if world.closing and not world.finished and not any(i.state in ALIVE for i in world.instances.values()):
             world.finished = True
@@ -133,6 +139,8 @@ class Core:
                 health.pulse(inst, event, now)
             case CanaryBack():
                 health.canary_back(inst, event, now)
+            case Used():
+                demand.used(world, inst, event, now)
             case Broken():
                 stops.broken(world, inst, event, now)
             case Gone():
@@ -153,7 +161,7 @@ class Core:
                 case State.STARTING:
                     health.stalled(world, inst, now)
                 case State.READY:
-                    health.silent(world, inst, now)
+                    self._ready_due(inst, now)
                 case State.DRAINING if inst.drain_held:
                     stops.terminate(world, inst, now)
                 case State.DRAINING:
@@ -166,6 +174,29 @@ class Core:
                 case State.BACKOFF:
                     inst.restarts += 1
                     starts.want(world, inst, now, patient=True, spec=world.settings.models.get(inst.spec.name))
+
+    def _tend(self, now: float) -> None:
+        """Whatever the event was: nobody stands in line at a model that rests, nobody is shut for one that needs no room."""
+        world, shut = self.world, False
+        for inst in world.instances.values():
+            shut |= bool(inst.shut_for)
+            if inst.line and inst.state in (State.STOPPED, State.FAILED):
+                demand.serve(world, inst, now)
+        if shut:
+            for inst in room.reopen(world, now):
+                health.arm(inst)
+
+    def _ready_due(self, inst: Instance, now: float) -> None:
+        """One that serves: it has had time enough to empty, nobody has used it, or it must prove that it lives."""
+        idle_until = health.ttl_due(inst)
+        if inst.shut_for and now >= inst.shut_at + inst.spec.max_drain:
+            demand.leave_when_empty(self.world, inst, now)
+        elif idle_until is not None and now >= idle_until:
+            demand.rest(self.world, inst, now)
+        elif now >= inst.alive_at:
+            health.silent(self.world, inst, now)
+        else:
+            health.arm(inst)
 
     def _boot(self, event: Boot, now: float) -> None:
         world = self.world
@@ -215,12 +246,18 @@ class Core:
                         inst.tickets.append(event.ticket)
                     starts.want(world, inst, now, patient=again, spec=spec)
                 case State.WAITING:
+                    inst.by_demand = False
                     if event.ticket is not None:
                         inst.tickets.append(event.ticket)
                     if not inst.inspecting:
                         world.answer(inst, 202, f"{inst.id}: {inst.waiting_text}")
                 case State.STARTING:
                     world.tell(event.ticket, 202, f"{inst.id} is starting already")
+                case State.READY if inst.shut_for:
+                    inst.wanted = inst.insisted = True
+                    world.tell(
+                        event.ticket, 202, f"{inst.id} ends ({demand.why_shut(inst)}) and will start again after that"
+                    )
                 case State.READY:
                     world.tell(event.ticket, 200, f"{inst.id} is ready already")
                 case State.DRAINING | State.STOPPING:

@@ -9,6 +9,7 @@ from vllmd.core.policy import canary_due, hung_at
 from vllmd.core.starts import close_phase, pump, ready_text
 from vllmd.core.states import Move, State
 from vllmd.core.stops import end, release_drains
+from vllmd.core.victims import busy
 from vllmd.core.world import Instance, World
 from vllmd.events import Canary, CanaryBack, Keep, Pulse, ReadDevices, Ready
 from vllmd.spec import Cause, Remedy
@@ -45,10 +46,25 @@ def hangs_at(inst: Instance) -> float | None:
 
 
 def arm(inst: Instance) -> None:
-    """The one deadline of a ready instance: the next canary, or the time at which it counts as hung."""
+    """When a ready instance is looked at next: for the next canary, or because it counts as hung then."""
     hung = hangs_at(inst)
     watch_hang = hung is not None and (inst.canary_out or not inst.canary_works)
-    inst.deadline = hung if watch_hang else canary_due(inst.proved, inst.spec.hang_after)
+    watch(inst, hung if hung is not None and watch_hang else canary_due(inst.proved, inst.spec.hang_after))
+
+
+def watch(inst: Instance, at: float) -> None:
+    """The one deadline of a ready instance: at `at` for its health, and before that for its ttl, or because it is shut."""
+    inst.alive_at = at
+    inst.deadline = min(
+        filter(None, (at, ttl_due(inst), inst.shut_at + inst.spec.max_drain if inst.shut_for else None))
+    )
+
+
+def ttl_due(inst: Instance) -> float | None:
+    """When it will have been idle for its ttl; None while it is busy, and without a ttl."""
+    if inst.spec.ttl is None or inst.ready_at is None or inst.shut_for or busy(inst):
+        return None
+    return max(inst.used_at, inst.ready_at) + inst.spec.ttl
 
 
 def pulse(inst: Instance, event: Pulse, now: float) -> None:
@@ -62,6 +78,7 @@ def pulse(inst: Instance, event: Pulse, now: float) -> None:
     inst.running, inst.waiting = event.running, event.waiting
     if inst.state is not State.READY:
         return
+    came_past(inst, event.running + event.waiting, now)
     idle = event.running == 0 and event.waiting == 0
     # An engine that answers no canary and has nothing to do cannot prove itself; that is no reason to kill it.
     if idle and not inst.canary_works:
@@ -71,6 +88,16 @@ def pulse(inst: Instance, event: Pulse, now: float) -> None:
         proved(inst, max(inst.proved, looked))
     if inst.ready_at is not None and now - inst.ready_at >= inst.spec.restart.reset_after:
         inst.failures.clear()
+
+
+def came_past(inst: Instance, running: int, now: float) -> None:
+    """Requests that are at the engine and not the gateway's. One look may have met a test request, or one that the gateway has
+    not told of yet: what two of them saw is there."""
+    beside = 0 if inst.canary_out else max(0, running - inst.under_way)
+    inst.direct, inst.direct_seen = min(beside, inst.direct_seen), beside
+    if inst.direct:
+        inst.used_at = now
+    watch(inst, inst.alive_at)
 
 
 def proved(inst: Instance, now: float) -> None:
@@ -93,7 +120,7 @@ def canary_back(inst: Instance, event: CanaryBack, now: float) -> None:
         return
     # Refused or timed out: ask again, but never later than the time at which it counts as hung.
     again, hung = now + inst.spec.hang_after / 8, hangs_at(inst)
-    inst.deadline = again if hung is None else min(again, hung)
+    watch(inst, again if hung is None else min(again, hung))
 
 
 def silent(world: World, inst: Instance, now: float) -> None:
@@ -102,7 +129,7 @@ def silent(world: World, inst: Instance, now: float) -> None:
     if hung is None or now < hung:
         inst.asked = now if inst.asked is None else inst.asked
         inst.canary_out = True
-        inst.deadline = hangs_at(inst)
+        watch(inst, hangs_at(inst) or now + inst.spec.hang_after)
         world.emit(Canary(inst.id, inst.attempt))
         return
     seen = f"{inst.running} requests running, " if inst.running else ""

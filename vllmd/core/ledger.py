@@ -29,6 +29,8 @@ class Account:
     promised: Mapping[str, int]
     external: int
     returning: Mapping[str, int] = field(default_factory=dict)  # of instances that are being ended: not yet given back
+    claimed: int = 0  # what is there, but was freed for another who waits
+    claimants: tuple[str, ...] = ()
 
     @property
     def reserved(self) -> int:
@@ -37,7 +39,7 @@ class Account:
     @property
     def left(self) -> int:
         """Bytes that one more instance could be promised; negative when others took what was promised."""
-        return min(self.budget - self.reserved, self.untaken)
+        return min(self.budget - self.reserved, self.untaken) - self.claimed
 
     @property
     def untaken(self) -> int:
@@ -149,6 +151,8 @@ def takers(account: Account, count: int = 4) -> str:
     rows = [(max(size, used.get(who, 0)), who) for who, size in account.promised.items()]
     if account.untaken <= account.budget - account.reserved:
         rows += [(p.used, p.name) for p in account.reading.processes if p.used >= 64 * MIB]
+    if account.claimed:
+        rows.append((account.claimed, f"kept for {', '.join(account.claimants)}"))
     rows.sort(reverse=True)
     named = [f"{who} {gib(size)}" for size, who in rows[:count]]
     rest = sum(size for size, _ in rows[count:])

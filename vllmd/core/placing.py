@@ -6,13 +6,14 @@ so that the large ones stay free for what needs them; then the emptiest.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vllmd.core.candidates import DeviceSet, answering, candidates, size_class
 from vllmd.core.ledger import Account
 from vllmd.core.need import estimate, learned_key, on_each
 from vllmd.core.refusals import Asked, never_fits
 from vllmd.core.states import State
+from vllmd.core.victims import leaving
 from vllmd.core.world import Instance, World
 from vllmd.facts import Need
 from vllmd.spec import Cause, ModelSpec
@@ -50,24 +51,45 @@ def find_place(world: World, inst: Instance) -> Placed | Blocked | Cause:
 
     Its own promise (kept since before a crash) does not stand in its way.
     """
+    return max(find_places(world, inst), key=rank)  # the first of equals
+
+
+def find_places(world: World, inst: Instance) -> list[Placed | Blocked | Cause]:
+    """What each of the device sets that the model allows says; at least one."""
     assert inst.found is not None
     own = world.ledger.held.pop(inst.id, None)
     try:
-        return choose(world, inst, inst.spec)
+        accounts = {reading.id: account_for(world, inst, reading.id) for reading in answering(world)}
+        moves = moves_of_others(world, inst)
+        choices = candidates(world, inst.spec, accounts, moves.moving.keys())
+        if isinstance(choices, Cause):
+            return [choices]
+        return [try_devices(world, inst, inst.spec, devices, accounts, moves) for devices in choices]
     finally:
         if own is not None:
             world.ledger.held[inst.id] = own
 
 
-def choose(world: World, inst: Instance, spec: ModelSpec) -> Placed | Blocked | Cause:
-    """The best place, among those the model allows."""
-    accounts = {reading.id: world.ledger.account(reading.id) for reading in answering(world)}
-    moves = moves_of_others(world, inst)
-    choices = candidates(world, spec, accounts, moves.moving.keys())
-    if isinstance(choices, Cause):
-        return choices
-    outcomes = [try_devices(world, inst, spec, devices, accounts, moves) for devices in choices]
-    return max(outcomes, key=rank)  # the first of equals
+def account_for(world: World, inst: Instance, device: str) -> Account:
+    """A device's sums as one who waits sees them: what is freed there for others is not its own."""
+    account = world.ledger.account(device)
+    claims = {i.id: i.claim[device] for i in world.instances.values() if i is not inst and device in i.claim}
+    if not claims:
+        return account
+    kept = max(0, sum(claims.values()) - coming_on(world, device))
+    return replace(account, claimed=min(kept, max(0, account.left)), claimants=tuple(claims))
+
+
+def coming_on(world: World, device: str) -> int:
+    """Bytes that those who leave will give back."""
+    held = world.ledger.held
+    return sum(held.get(i.id, {}).get(device, 0) for i in world.instances.values() if leaving(i))
+
+
+def coming_for(world: World, inst: Instance, device: str) -> int:
+    """Bytes that come free on a device and are claimed by nobody else."""
+    others = sum(i.claim.get(device, 0) for i in world.instances.values() if i is not inst)
+    return max(0, coming_on(world, device) - others)
 
 
 def rank(outcome: Placed | Blocked | Cause) -> tuple[int, int, int]:
@@ -134,14 +156,9 @@ def busy_on(moves: Moves, devices: DeviceSet, measures: bool) -> frozenset[str]:
 
 def freeing(world: World, blocked: Blocked) -> tuple[str, ...]:
     """The instances on their way down whose memory will make room, or ()."""
-    moving = [i for i in world.instances.values() if i.state in (State.DRAINING, State.STOPPING) and not comes_back(i)]
+    moving = [i for i in world.instances.values() if leaving(i)]
     for device, size in blocked.parts.items():
         account = world.ledger.account(device)
         if account.left + sum(account.promised.get(i.id, 0) for i in moving) < size:
             return ()
     return tuple(i.id for i in moving if set(i.devices) & set(blocked.parts))
-
-
-def comes_back(inst: Instance) -> bool:
-    """Whether an ending instance will want its memory again."""
-    return inst.wanted

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllmd.core.launch import memory_flags
 from vllmd.core.ledger import Ledger, device_label
-from vllmd.core.placing import Blocked, Placed, choose
+from vllmd.core.placing import Blocked, Placed, find_place
 from vllmd.core.refusals import no_room
 from vllmd.core.world import Instance, World
 from vllmd.facts import Inspection
@@ -89,7 +89,7 @@ def place(world: World, name: str, found: Inspection | Cause) -> Outcome:
         return found
     inst = world.instances[name]
     inst.found = found
-    return choose(world, inst, inst.spec)
+    return find_place(world, inst)
 
 
 def fill(empty: World, names: Sequence[str], found: Found) -> dict[str, Outcome]:

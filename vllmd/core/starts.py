@@ -4,7 +4,7 @@ An instance is placed only when three things hold at once: its need fits what is
 answers, and nobody is in the middle of measuring (or moving, if it will measure itself) on them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from vllmd.core.failing import retry_or_give_up, set_cause
@@ -13,7 +13,10 @@ from vllmd.core.ledger import device_label
 from vllmd.core.need import learned_key
 from vllmd.core.placing import Blocked, Placed, find_place, freeing, will_measure
 from vllmd.core.refusals import no_room
+from vllmd.core.room import Later, make_room
 from vllmd.core.states import Move, State
+from vllmd.core.victims import turn
+from vllmd.core.waiting import busy_word, hold_in_line, note_cause
 from vllmd.core.world import Instance, World
 from vllmd.events import Inspect, Inspected, Printed, Progress, Spawn
 from vllmd.facts import Figures
@@ -33,11 +36,13 @@ def want(
     patient: bool,
     spec: ModelSpec | None = None,
     move: Move = Move.WANT,
+    by_demand: bool = False,
 ) -> None:
-    """Begin a start: a new attempt, inspected first."""
+    """Begin a start: a new attempt, inspected first. `by_demand`: for requests that wait, and for nobody else."""
     if spec is not None:
         inst.spec = spec
-    inst.wanted, inst.patient = True, patient
+    inst.wanted, inst.patient, inst.by_demand = True, patient, by_demand
+    inst.evicted = False
     inst.accepted = inst.insisted = inst.crashed = False
     world.next_attempt(inst)
     world.move(inst, move, now)
@@ -68,7 +73,7 @@ def inspected(world: World, inst: Instance, event: Inspected, now: float) -> Non
     if event.problem is not None:
         refuse(world, inst, event.problem, now)
         return
-    inst.deadline = now + inst.spec.queue_timeout
+    inst.deadline = inst.queue_until = now + inst.spec.queue_timeout
     place(world, inst, now)
 
 
@@ -99,9 +104,10 @@ def give_up(world: World, inst: Instance, cause: Cause, now: float) -> None:
 
 
 def pump(world: World, now: float) -> None:
-    """Try all who wait, oldest first. One that cannot be placed does not hold up those that fit elsewhere. Whom there was no
-    room for, and would be now, is not told so any more."""
-    for inst in sorted(world.instances.values(), key=lambda i: i.since):
+    """Try all who wait, each in its turn. One that cannot be placed does not hold up those that fit elsewhere. Whom there was
+    no room for, and would be now, is not told so any more."""
+    waiting = [i for i in world.instances.values() if i.state is State.WAITING and not i.inspecting]
+    for inst in sorted(waiting, key=lambda i: turn(i, now)) if waiting else ():
         if inst.state is State.WAITING and not inst.inspecting:
             place(world, inst, now)
     for inst in world.instances.values():
@@ -124,7 +130,12 @@ def place(world: World, inst: Instance, now: float) -> bool:
             world.ledger.release(inst.id)
             coming = freeing(world, outcome)
             cause = no_room(world, outcome.asked)
-            if inst.patient or inst.accepted or coming:
+            if inst.line:
+                wait_for_room(world, inst, outcome, cause, now)
+            elif inst.by_demand and not inst.tickets:
+                inst.wanted = False
+                world.move(inst, Move.CANCEL, now, "nobody waits for it any more")
+            elif inst.patient or inst.accepted or coming:
                 hold_in_line(world, inst, outcome, cause, coming)
             else:
                 inst.wanted = False
@@ -145,40 +156,45 @@ def place(world: World, inst: Instance, now: float) -> bool:
     return False
 
 
+def wait_for_room(world: World, inst: Instance, blocked: Blocked, cause: Cause, now: float) -> None:
+    """Requests wait for it: others make room, now or as soon as they may be asked. Where that cannot help nobody is kept
+    waiting."""
+    found = make_room(world, inst, now)
+    match found:
+        case Cause():
+            inst.wanted = False
+            set_cause(world, inst, found, now)
+            world.answer(inst, 409, found.text, found)
+            world.turn_away(inst, found)
+            world.move(inst, Move.CANCEL, now, found.text)
+        case Later():
+            hold_in_line(world, inst, blocked, cause, ())
+            inst.waiting_text += "; those that run were used a moment ago, or are busy"
+            inst.deadline = min(inst.queue_until, max(found.at, now))
+        case _ if isinstance(find_place(world, inst), Placed):  # what made room had no processes
+            place(world, inst, now)
+        case _:
+            hold_in_line(world, inst, blocked, cause, found)
+            inst.deadline = inst.queue_until
+
+
 def waited_long(world: World, inst: Instance, now: float) -> None:
     """`queue_timeout` is over. A neighbour that starts has its own limits, and an automatic start does not give up what it
     is there for: both wait on. An operator's, accepted because memory was coming free, is told that it did not."""
+    if now < inst.queue_until:  # only somebody may be asked now to make room, perhaps for another whose turn is first
+        inst.deadline = inst.queue_until
+        pump(world, now)
+        return
     moves_only = place(world, inst, now)
     if inst.state is not State.WAITING:
         return
     if moves_only or inst.patient:
         if now - inst.since < 2 * inst.spec.queue_timeout:
             world.note("waiting", f"for {span(now - inst.since)} now: {inst.waiting_text}", inst, "warning")
-        inst.deadline = now + inst.spec.queue_timeout
+        inst.queue_until = now + inst.spec.queue_timeout
+        inst.deadline = inst.queue_until
     else:
         give_up(world, inst, inst.cause or Cause(NO_ROOM, inst.waiting_text, "waited too long"), now)
-
-
-def busy_word(world: World, busy: Iterable[str]) -> str:
-    return "is measuring its memory" if any(world.instances[b].measuring for b in busy) else "is stopping"
-
-
-def hold_in_line(world: World, inst: Instance, blocked: Blocked, cause: Cause, coming: tuple[str, ...]) -> None:
-    """Wait for memory: it is being freed, or an automatic start can afford to."""
-    inst.waits_for = coming
-    inst.accepted = True  # accepted is accepted: what was promised to come may come late
-    account = blocked.asked.account
-    left = gib(max(0, account.left))
-    inst.waiting_text = f"waiting for memory: needs {gib(blocked.asked.size)} on {account.label}, {left} left"
-    if coming:
-        inst.waiting_text += f"; {', '.join(coming)} {'is' if len(coming) == 1 else 'are'} stopping"
-    note_cause(world, inst, cause)
-    world.answer(inst, 202, f"{inst.id}: {inst.waiting_text}")
-
-
-def note_cause(world: World, inst: Instance, cause: Cause) -> None:
-    """Why it waits; since when does not change with every look."""
-    set_cause(world, inst, cause, inst.since)
 
 
 def admit(world: World, inst: Instance, place: Placed, now: float) -> None:
@@ -222,6 +238,8 @@ def reset_start(inst: Instance, now: float) -> None:
     inst.running, inst.waiting, inst.tokens, inst.tokens_per_s = 0, 0, 0.0, 0.0
     inst.crashed, inst.gone, inst.verdict, inst.drain_held, inst.leak = False, False, None, False, ""
     inst.hurried, inst.accepted = False, False
+    inst.under_way, inst.begun, inst.direct, inst.direct_seen, inst.used_at = 0, 0, 0, 0, 0.0
+    inst.shut_for, inst.told_empty = "", False
     inst.disturbed, inst.resumed = False, False
     inst.waits_for, inst.waiting_text = (), ""
 

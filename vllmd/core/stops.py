@@ -24,8 +24,11 @@ HOLD_LIMIT = 600.0  # seconds that a drain waits for a neighbour that measures
 
 def stop(world: World, inst: Instance, now: float, *, at_once: bool = False) -> tuple[int, str]:
     """The instance is not wanted any more. The status and sentence to answer with."""
-    inst.wanted = inst.insisted = False
+    inst.wanted = inst.insisted = inst.evicted = False
     world.dirty.add(inst.id)
+    if inst.line:
+        text = "vllmd is shutting down" if world.closing else f"{inst.id} was stopped"
+        world.turn_away(inst, Cause("closing" if world.closing else "stopped", text, "stopped"))
     match inst.state:
         case State.STOPPED:
             return 200, f"{inst.id} is stopped already"
@@ -197,7 +200,11 @@ def finish(world: World, inst: Instance, now: float) -> None:
     """Ended and settled: rest, again, retry or give up."""
     inst.pid, inst.pids, inst.ready_at, inst.launch = None, inst.pids if inst.leak else (), None, None
     world.ledger.leaving.pop(inst.id, None)
-    wanted = inst.wanted and not world.closing and inst.spec.name in world.settings.models
+    if inst.evicted:
+        world.ledger.release(inst.id)  # whatever follows, its place is another's now
+    spec = world.settings.models.get(inst.spec.name)
+    asked_for = inst.line > 0 and spec is not None and spec.on_demand
+    wanted = (inst.wanted or asked_for) and not world.closing and spec is not None
     own_end = inst.verdict is not None and not inst.crashed  # vllmd ended it, for a reason that counts as a failure
     if inst.crashed or own_end:
         cause = inst.verdict or Cause("crashed", f"{inst.id} ended and left no reason in its log", "crashed")
@@ -205,7 +212,9 @@ def finish(world: World, inst: Instance, now: float) -> None:
         inst.last, inst.last_at = cause, inst.broke_at
         after_failure(world, inst, cause, wanted, now)
     elif wanted:
-        again(world, inst, now)
+        again(world, inst, now, by_demand=not inst.wanted)
+    elif inst.evicted and spec is not None and spec.home and not world.closing:
+        again(world, inst, now)  # it stands in line, behind all who are waited for, until there is room
     else:
         inst.cause = None
         world.move(inst, Move.REST, now)
@@ -214,9 +223,10 @@ def finish(world: World, inst: Instance, now: float) -> None:
     pump(world, now)
 
 
-def again(world: World, inst: Instance, now: float) -> None:
+def again(world: World, inst: Instance, now: float, *, by_demand: bool = False) -> None:
     """Straight into the next start, with the newest configuration."""
-    want(world, inst, now, patient=True, spec=world.settings.models[inst.spec.name], move=Move.AGAIN)
+    spec = world.settings.models[inst.spec.name]
+    want(world, inst, now, patient=True, spec=spec, move=Move.AGAIN, by_demand=by_demand)
 
 
 def after_failure(world: World, inst: Instance, cause: Cause, wanted: bool, now: float) -> None:

@@ -6,8 +6,10 @@ All sums are made here, once. docs/status.md describes the fields; they are stab
 from collections.abc import Mapping
 from typing import Any
 
+from vllmd.core.health import ttl_due
 from vllmd.core.ledger import Account, device_label
 from vllmd.core.states import HOLDING, State
+from vllmd.core.victims import busy
 from vllmd.core.words import Why, explain, outlook
 from vllmd.core.world import Instance, World
 from vllmd.units import span
@@ -65,9 +67,11 @@ def model(world: World, inst: Instance, now: float) -> Json:
         "name": inst.spec.name,
         "model": inst.spec.model,
         "category": list(inst.spec.category),
-        "state": str(inst.state),
+        "state": str(State.DRAINING if inst.state is State.READY and inst.shut_for else inst.state),
         "wanted": inst.wanted,
         "autostart": inst.spec.autostart,
+        "pinned": inst.spec.pinned,
+        "on_demand": inst.spec.on_demand,
         "phase": str(inst.phase) if starting and inst.phase else None,
         "progress": inst.phase_fraction if starting else None,
         "overall": rounded(view.overall, 3) if starting else None,
@@ -93,9 +97,19 @@ def model(world: World, inst: Instance, now: float) -> Json:
         "requests_running": inst.running if up else 0,
         "requests_waiting": inst.waiting if up else 0,
         "tokens_per_s": round(inst.tokens_per_s, 1) if up else 0.0,
+        "requests_in_line": inst.line,
+        "line_since_s": round(now - inst.line_since, 1) if inst.line else None,
+        "idle_s": round(now - max(inst.used_at, inst.ready_at or 0.0), 1) if idle(inst) else None,
+        "unloads_in_s": rounded(due - now) if idle(inst) and (due := ttl_due(inst)) is not None else None,
+        "makes_room_for": inst.shut_for if inst.shut_for in world.instances else None,
         "waits_for": list(inst.waits_for),
         "why": why(said, now - inst.cause_at if inst.cause else None),
     }
+
+
+def idle(inst: Instance) -> bool:
+    """Whether it serves and has nothing to do."""
+    return inst.state is State.READY and not busy(inst)
 
 
 def declared(inst: Instance) -> int | None:

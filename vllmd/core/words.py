@@ -8,7 +8,7 @@ from vllmd.core.states import State
 from vllmd.core.world import Instance, World
 from vllmd.facts import Phase
 from vllmd.spec import Remedy
-from vllmd.units import gib, span
+from vllmd.units import count, gib, span
 
 #: Long and short word for each phase. "importing vLLM" has a name: it takes 15 to 75 s.
 PHASES = {
@@ -66,11 +66,12 @@ def explain(world: World, inst: Instance, now: float) -> Why:
     cause = inst.cause
     match inst.state:
         case State.WAITING:
-            return Why("waiting", inst.waiting_text, wait_short(world, inst))
+            waits = f" ({count(inst.line, 'request')} in line)" if inst.line else ""
+            return Why("waiting", inst.waiting_text + waits, wait_short(world, inst))
         case State.STARTING:
             return starting(world, inst, now)
         case State.READY:
-            return ready(world, inst)
+            return ready(world, inst, now)
         case State.DRAINING:
             return draining(inst, now)
         case State.STOPPING:
@@ -128,8 +129,16 @@ def starting(world: World, inst: Instance, now: float) -> Why:
     return Why("starting", text, short)
 
 
-def ready(world: World, inst: Instance) -> Why:
-    """Nothing, or a warning."""
+def ready(world: World, inst: Instance, now: float) -> Why:
+    """Nothing, or a warning, or for whom it goes."""
+    if inst.shut_for:
+        begun = inst.under_way + inst.direct
+        most = span(max(0.0, inst.shut_at + inst.spec.max_drain - now))
+        requests = count(begun, "request")
+        if inst.shut_for not in world.instances:
+            return Why("draining", f"{requests} left, then it ends: it was idle for its ttl", "idle, ending")
+        text = f"{requests} left, then it makes room for {inst.shut_for}, in at most {most}"
+        return Why("draining", text, f"{begun} left, for {inst.shut_for}"[:24])
     promise = world.ledger.held.get(inst.id, {})
     for device, size in promise.items():
         reading = world.ledger.readings.get(device)
@@ -153,10 +162,9 @@ def seconds(value: float) -> str:
 def draining(inst: Instance, now: float) -> Why:
     if inst.drain_held:
         return Why("draining", "its stop waits until a neighbour has measured its memory", "waits for neighbour")
-    count = inst.running + inst.waiting
-    requests = f"{count} request{'s' if count != 1 else ''} left"
+    begun = inst.running + inst.waiting
     most = span(left(inst, now))
-    return Why("draining", f"{requests}, stops in at most {most}", f"{count} left, {most} at most")
+    return Why("draining", f"{count(begun, 'request')} left, stops in at most {most}", f"{begun} left, {most} at most")
 
 
 def leader_ended(status: int | None) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from vllmd.core.launch import Places
 from vllmd.core.ledger import Ledger
 from vllmd.core.states import HOLDING, IllegalMove, Move, State, next_state
-from vllmd.events import Answer, Command, Note
+from vllmd.events import Answer, Command, Note, Open, Refuse, Shut
 from vllmd.facts import Figures, Inspection, Launch, Learned, Need, Phase
 from vllmd.spec import Cause, ModelSpec, Settings
 
@@ -33,6 +33,14 @@ class Instance:
     accepted: bool = False  # an operator was told that it waits for memory that is coming free
     insisted: bool = False  # an operator asked for it while it ended: started again whatever the end says
     tickets: list[int] = field(default_factory=list)
+
+    # who asks for it, as the gateway tells
+    line: int = 0  # requests that wait for it
+    line_since: float = 0.0  # since when the oldest does
+    line_priority: int = 0
+    by_demand: bool = False  # this start is for those who wait, and for nobody else
+    claim: Mapping[str, int] = field(default_factory=dict)  # device -> bytes: what is being freed there is for it
+    queue_until: float = 0.0  # what it waits for is looked at anew then at the latest
 
     # what preflight and placement found, for this attempt
     inspecting: bool = False
@@ -64,6 +72,7 @@ class Instance:
     pid_start: int = 0  # clock ticks since boot: with the pid, this very process
     pids: tuple[int, ...] = ()
     ready_at: float | None = None
+    alive_at: float = 0.0  # when its health is looked at next
     proved: float = 0.0  # last time that the engine did something
     canary_out: bool = False
     asked: float | None = None  # when the oldest test request was sent that has not been answered
@@ -73,6 +82,16 @@ class Instance:
     tokens: float = 0.0
     tokens_at: float = 0.0
     tokens_per_s: float = 0.0
+    under_way: int = 0  # requests of the gateway's at it
+    begun: int = 0  # requests that the gateway has handed to it since it serves
+    direct: int = 0  # requests that came past the gateway, at both of the last two looks
+    direct_seen: int = 0
+    used_at: float = 0.0  # when it was last in use; 0 = not yet
+    heat: float = 0.0  # recent requests, fading; as of `heat_at`
+    heat_at: float = 0.0
+    shut_for: str = ""  # whom it makes room for, or "ttl": new requests wait until it is up again
+    shut_at: float = 0.0
+    told_empty: bool = False  # the gateway has said that nothing is under way since it was shut
     peak: dict[str, int] = field(default_factory=dict)  # most bytes seen in use, by device
     over_since: float | None = None
 
@@ -80,6 +99,7 @@ class Instance:
     crashed: bool = False
     broke_at: float = 0.0
     drain_held: bool = False  # SIGTERM waits until a neighbour has measured
+    evicted: bool = False  # it ends to make room
     hurried: bool = False  # the end that is held back is to be a kill
     gone: bool = False
     leak: str = ""
@@ -108,6 +128,8 @@ class World:
     seen: dict[str, float] = field(default_factory=dict)  # device -> time of its last reading
     good: dict[str, Mapping[str, str]] = field(default_factory=dict)  # model -> what its last good start ran with
     trouble: str = ""  # of the devices
+    swaps: deque[tuple[float, str, str]] = field(default_factory=deque)  # the last hour's: when, who went, for whom
+    swaps_warned: float = float("-inf")
     short_of: dict[tuple[str, str], bool] = field(default_factory=dict)  # device, kind of shortage that has been noted
     closing: bool = False
     finished: bool = False
@@ -140,8 +162,31 @@ class World:
         self.dirty.add(inst.id)
         if state not in HOLDING:
             self.ledger.release(inst.id)
+        if state is not State.WAITING:
+            inst.claim = {}
+        if state is State.READY:
+            self.open(inst)
+        elif old is State.READY:
+            self.shut(inst)
         level = "warning" if state in (State.BACKOFF, State.FAILED) else "info"
         self.note("state", f"{old} → {state}" + (f": {text}" if text else ""), inst, level)
+
+    def open(self, inst: Instance) -> None:
+        """Requests may come."""
+        assert inst.launch is not None
+        inst.shut_for, inst.told_empty = "", False
+        self.emit(Open(inst.id, inst.attempt, inst.spec.name, inst.launch.endpoint))
+
+    def shut(self, inst: Instance, for_whom: str = "") -> None:
+        """No new requests. `for_whom`: it is still up, and ends when those under way have ended."""
+        if not inst.shut_for:
+            self.emit(Shut(inst.id, inst.attempt, inst.spec.name))
+        inst.shut_for, inst.shut_at = for_whom, self.now
+
+    def turn_away(self, inst: Instance, cause: Cause, after: float | None = None) -> None:
+        """Tell those who wait for it that they wait in vain."""
+        inst.line, inst.claim = 0, {}
+        self.emit(Refuse(inst.spec.name, cause, after))
 
     def note(
         self, kind: str, text: str, inst: Instance | None = None, level: str = "info", device: str | None = None
