@@ -98,7 +98,7 @@ FAULTS = {
         "return 1e9\n",
     ),
     "tokens prove nothing": Fault("health.py", "elif event.moved:", "elif False:"),
-    "a stop does not end the wish": Fault("stops.py", "inst.wanted = inst.insisted = inst.evicted = False\n", "pass\n"),
+    "a stop does not end the wish": Fault("stops.py", "inst.wanted = inst.insisted = inst.evicted = inst.returns = False\n", "pass\n"),
     "a second start is another attempt": Fault(
         "core.py", "case State.STOPPED | State.FAILED | State.BACKOFF:\n                    again",
         "case State.STOPPED | State.FAILED | State.BACKOFF | State.STARTING:\n                    again",

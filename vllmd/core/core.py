@@ -7,7 +7,7 @@ dropped by comparing their number.
 import difflib
 from collections.abc import Mapping, Sequence
 
-from vllmd.core import adoption, demand, health, reload, room, starts, stops, usage
+from vllmd.core import adoption, demand, health, loans, reload, room, starts, stops, usage
 from vllmd.core.launch import Places
 from vllmd.core.ledger import Ledger
 from vllmd.core.refusals import never_fit
@@ -26,6 +26,7 @@ from vllmd.events import (
     Gone,
     Inspected,
     KillTree,
+    Lend,
     Printed,
     Progress,
     Pulse,
@@ -84,6 +85,8 @@ class Core:
                     self._report(inst, event, now)
             case Wanted():
                 demand.wanted(world, event, now)
+            case Lend():
+                loans.lend(world, event, now)
             case DevicesRead():
                 usage.devices_read(world, event, now)
             case Boot():
@@ -107,7 +110,8 @@ class Core:
         saves: list[Command] = [adoption.keep(world, i) for i in world.instances.values() if i.id in world.dirty]
         world.dirty.clear()
         commands, world.out = saves + world.out, []
-        self._due = min((i.deadline for i in world.instances.values() if i.deadline is not None), default=None)
+        dues = [i.deadline for i in world.instances.values() if i.deadline is not None]
+        self._due = min(dues + ([loan.until for loan in world.ledger.loans]), default=None)
         return commands
 
     def next_deadline(self) -> float | None:
@@ -150,6 +154,7 @@ class Core:
         """Whoever's time has come; what it means follows from the state. Only when the timer fires, so that every state that
         an event leads to can be seen, were it for a moment."""
         world = self.world
+        loans.expire(world, now)
         for inst in list(world.instances.values()):
             if inst.deadline is None or inst.deadline > now:
                 continue

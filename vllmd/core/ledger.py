@@ -31,6 +31,7 @@ class Account:
     returning: Mapping[str, int] = field(default_factory=dict)  # of instances that are being ended: not yet given back
     claimed: int = 0  # what is there, but was freed for another who waits
     claimants: tuple[str, ...] = ()
+    lent: int = 0  # lent to something else, which does not use it yet
 
     @property
     def reserved(self) -> int:
@@ -48,12 +49,22 @@ class Account:
         taken = sum(max(size, used.get(who, 0)) for who, size in self.promised.items())
         # Trees whose promise is gone while a process lingers are neither external nor promised.
         taken += sum(size for who, size in used.items() if who not in self.promised)
-        return self.reading.total - self.reserve - self.external - taken
+        return self.reading.total - self.reserve - self.external - self.lent - taken
 
     @property
     def label(self) -> str:
         """How sentences name it: "GPU 0" or "cpu"."""
         return device_label(self.reading)
+
+
+@dataclass(slots=True)
+class Loan:
+    """Bytes of a device that are lent to something else until `until`; `before`: what others used when it was given."""
+
+    device: str
+    size: int
+    until: float
+    before: int
 
 
 @dataclass(slots=True)
@@ -64,6 +75,7 @@ class Ledger:
     readings: dict[str, DeviceReading] = field(default_factory=dict)
     held: dict[str, dict[str, int]] = field(default_factory=dict)
     leaving: dict[str, dict[str, DeviceReading]] = field(default_factory=dict)  # the devices when an end began
+    loans: list[Loan] = field(default_factory=list)
 
     def account(self, device: str) -> Account:
         """The sums of one device. Raises KeyError for a device that was never seen."""
@@ -78,7 +90,9 @@ class Ledger:
         if rule.limit is not None:
             budget = min(budget, rule.limit)
         promised = {who: part[device] for who, part in self.held.items() if device in part}
-        return Account(reading, reserve, budget, promised, external, returning)
+        loans = [loan for loan in self.loans if loan.device == device]
+        lent = max(0, sum(loan.size for loan in loans) - max(0, external - loans[0].before)) if loans else 0
+        return Account(reading, reserve, budget, promised, external, returning, lent=lent)
 
     def leave(self, instance: str, devices: Iterable[str]) -> None:
         """The instance's end begins: what its devices show now tells later what has come back."""
@@ -151,6 +165,8 @@ def takers(account: Account, count: int = 4) -> str:
     rows = [(max(size, used.get(who, 0)), who) for who, size in account.promised.items()]
     if account.untaken <= account.budget - account.reserved:
         rows += [(p.used, p.name) for p in account.reading.processes if p.used >= 64 * MIB]
+    if account.lent:
+        rows.append((account.lent, "lent"))
     if account.claimed:
         rows.append((account.claimed, f"kept for {', '.join(account.claimants)}"))
     rows.sort(reverse=True)

@@ -42,7 +42,7 @@ def want(
     if spec is not None:
         inst.spec = spec
     inst.wanted, inst.patient, inst.by_demand = True, patient, by_demand
-    inst.evicted = False
+    inst.evicted = inst.returns = False
     inst.accepted = inst.insisted = inst.crashed = False
     world.next_attempt(inst)
     world.move(inst, move, now)
@@ -162,10 +162,14 @@ def wait_for_room(world: World, inst: Instance, blocked: Blocked, cause: Cause, 
     found = make_room(world, inst, now)
     match found:
         case Cause():
+            world.turn_away(inst, found)
+            if not inst.by_demand:  # it waits for room anyway
+                hold_in_line(world, inst, blocked, cause, ())
+                inst.deadline = inst.queue_until
+                return
             inst.wanted = False
             set_cause(world, inst, found, now)
             world.answer(inst, 409, found.text, found)
-            world.turn_away(inst, found)
             world.move(inst, Move.CANCEL, now, found.text)
         case Later():
             hold_in_line(world, inst, blocked, cause, ())

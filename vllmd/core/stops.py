@@ -24,7 +24,7 @@ HOLD_LIMIT = 600.0  # seconds that a drain waits for a neighbour that measures
 
 def stop(world: World, inst: Instance, now: float, *, at_once: bool = False) -> tuple[int, str]:
     """The instance is not wanted any more. The status and sentence to answer with."""
-    inst.wanted = inst.insisted = inst.evicted = False
+    inst.wanted = inst.insisted = inst.evicted = inst.returns = False
     world.dirty.add(inst.id)
     if inst.line:
         text = "vllmd is shutting down" if world.closing else f"{inst.id} was stopped"
@@ -213,7 +213,7 @@ def finish(world: World, inst: Instance, now: float) -> None:
         after_failure(world, inst, cause, wanted, now)
     elif wanted:
         again(world, inst, now, by_demand=not inst.wanted)
-    elif inst.evicted and spec is not None and spec.home and not world.closing:
+    elif inst.evicted and spec is not None and (spec.home or inst.returns) and not world.closing:
         again(world, inst, now)  # it stands in line, behind all who are waited for, until there is room
     else:
         inst.cause = None

@@ -29,12 +29,13 @@ def status(world: World, daemon: Mapping[str, Any], now: float) -> Json:
 def devices(world: World, now: float) -> list[Json]:
     """All devices in index order."""
     readings = sorted(world.ledger.readings.values(), key=lambda r: (r.kind, r.index or 0, r.id))
-    return [device(world.ledger.account(r.id), now - world.seen[r.id]) for r in readings]
+    return [device(world, world.ledger.account(r.id), now) for r in readings]
 
 
-def device(account: Account, silent: float) -> Json:
+def device(world: World, account: Account, now: float) -> Json:
     """One device. total = reserved by models + external + free + kept back, up to what reservations do not use."""
     reading = account.reading
+    loans = [loan for loan in world.ledger.loans if loan.device == reading.id]
     return {
         "id": reading.id,
         "kind": reading.kind,
@@ -49,7 +50,10 @@ def device(account: Account, silent: float) -> Json:
         "external": account.external,
         "external_processes": [{"pid": p.pid, "name": p.name, "used": p.used} for p in reading.processes],
         "free": max(0, account.left),
-        "silent_s": round(silent, 1),
+        "lent": sum(loan.size for loan in loans),
+        "lent_missing": max(0, -account.untaken) if loans else 0,
+        "lent_for_s": round(max(loan.until for loan in loans) - now, 1) if loans else None,
+        "silent_s": round(now - world.seen[reading.id], 1),
     }
 
 

@@ -100,6 +100,7 @@ class Instance:
     broke_at: float = 0.0
     drain_held: bool = False  # SIGTERM waits until a neighbour has measured
     evicted: bool = False  # it ends to make room
+    returns: bool = False  # ... and comes back when there is room again
     hurried: bool = False  # the end that is held back is to be a kill
     gone: bool = False
     leak: str = ""
