@@ -33,6 +33,7 @@ class Door:
     under_way: list[Request] = field(default_factory=list)
     begun: int = 0
     told: tuple[int, float] = (0, 0.0)
+    news: bool = False  # it was shut: what is under way is told, whether it changed or not
 
 
 class Crowd(Sim):
@@ -61,7 +62,8 @@ class Crowd(Sim):
                     self.begin(door, request)
                 door.line.clear()
             case Shut():
-                self.door(command.model).open = None
+                door = self.door(command.model)
+                door.open, door.news = None, True
             case Refuse():
                 self.refusals.append(command)
                 door = self.door(command.model)
@@ -90,12 +92,10 @@ class Crowd(Sim):
                         self.settle(request, "refused")
                     door.line.clear()
                     continue
-                if inst.state is State.READY and (inst.under_way, inst.begun) != (len(door.under_way), door.begun):
-                    news = True
-                    self.send(Used(name, inst.attempt, len(door.under_way), door.begun, self.now))
-                elif inst.state is State.READY and inst.shut_for and not inst.told_empty and not door.under_way:
-                    news = True
-                    self.send(Used(name, inst.attempt, 0, door.begun, self.now))
+                current_use = (len(door.under_way), door.begun)
+                if inst.state is State.READY and (door.news or (inst.under_way, inst.begun) != current_use):
+                    news, door.news = True, False
+                    self.send(Used(name, inst.attempt, *current_use, self.now))
                 current = (len(door.line), door.line[0].since if door.line else 0.0)
                 if (bool(current[0]), current[1]) != (bool(door.told[0]), door.told[1]):
                     door.told, news = current, True

@@ -206,3 +206,12 @@ def vllmd(tmp_path: Path, fake_vllm: Path, weights: Path) -> Iterator[Vllmd]:
     daemon = Vllmd(tmp_path, fake_vllm, weights)
     yield daemon
     daemon.close()
+
+
+@pytest.fixture
+def neighbour() -> Iterator["subprocess.Popen[bytes]"]:
+    """A process like an engine, but of another daemon."""
+    env = {"VLLMD_COOKIE": "vllmd-0123456789ab:a:1", "PATH": os.environ["PATH"]}
+    with subprocess.Popen(["sleep", "600"], env=env, start_new_session=True) as process:
+        yield process
+        process.kill()

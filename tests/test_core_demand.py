@@ -43,6 +43,8 @@ def test_an_idle_model_that_was_used_long_ago_makes_room() -> None:
     assert request.fate == "answered"
     assert any("makes room for b (idle 61 s" in text for text in crowd.notes("evict")), crowd.notes("evict")
     assert crowd.core.world.counters["swaps", "a", "b"] == 1
+    (told,) = crowd.notes("swap")
+    assert told.startswith("room after 0 ms: a emptied in 0 ms, drained in 0 ms, ended with its memory back in ")
 
 
 def test_a_model_that_was_just_used_stays_for_min_resident() -> None:
@@ -178,6 +180,24 @@ def test_what_comes_free_is_for_the_one_it_was_freed_for() -> None:
     crowd.inspect("big")
     crowd.tell()
     assert crowd.state("a") is State.DRAINING
+    small = crowd.ask("small")
+    crowd.inspect("small")
+    assert crowd.state("small") is State.WAITING
+    crowd.work()
+    assert big.fate == "answered"
+    crowd.live_on(300)
+    assert small.fate == "answered"
+
+
+def test_a_claim_holds_where_starts_need_not_wait_for_each_other() -> None:
+    """On "cpu" nothing but the claim keeps the small one from what is free."""
+    crowd = Crowd(settings(spec("a", 4.0), spec("big", 8.0), spec("small", 3.0)), gpus={"cpu": 8.0})
+    crowd.ask("a")
+    crowd.work()
+    crowd.live_on(100)
+    big = crowd.ask("big")
+    crowd.inspect("big")
+    crowd.tell()
     small = crowd.ask("small")
     crowd.inspect("small")
     assert crowd.state("small") is State.WAITING

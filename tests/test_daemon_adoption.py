@@ -7,24 +7,14 @@ import random
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.daemon import Vllmd, fake_vllm, vllmd, weights
+from tests.daemon import Vllmd, fake_vllm, neighbour, vllmd, weights
 from tests.e2e.chat import answers
 
-__all__ = ["fake_vllm", "vllmd", "weights"]  # fixtures
-
-
-@pytest.fixture
-def neighbour() -> Iterator["subprocess.Popen[bytes]"]:
-    """A process like an engine, but of another daemon."""
-    env = {"VLLMD_COOKIE": "vllmd-0123456789ab:a:1", "PATH": os.environ["PATH"]}
-    with subprocess.Popen(["sleep", "600"], env=env, start_new_session=True) as process:
-        yield process
-        process.kill()
+__all__ = ["fake_vllm", "neighbour", "vllmd", "weights"]  # fixtures
 
 
 def kill(vllmd: Vllmd) -> None:

@@ -4,15 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from tests.daemon import LIMIT, Vllmd, fake_vllm, vllmd, weights
+from tests.daemon import LIMIT, Vllmd, fake_vllm, neighbour, vllmd, weights
 from tests.e2e.processes import read
 
-__all__ = ["fake_vllm", "vllmd", "weights"]  # fixtures
+__all__ = ["fake_vllm", "neighbour", "vllmd", "weights"]  # fixtures
 
 
 def test_a_broken_configuration_ends_the_daemon_with_all_problems(vllmd: Vllmd) -> None:
@@ -137,15 +134,6 @@ def test_a_second_daemon_on_the_same_socket_is_refused(vllmd: Vllmd) -> None:
     assert second.returncode == 1
     assert f"cannot listen on {vllmd.socket}: a running vllmd answers there" in second.stderr
     vllmd.up("a")
-
-
-@pytest.fixture
-def neighbour() -> Iterator["subprocess.Popen[bytes]"]:
-    """A process like an engine, but without the mark."""
-    env = {"VLLMD_COOKIE": "vllmd-0123456789ab:a:1", "PATH": os.environ["PATH"]}
-    with subprocess.Popen(["sleep", "600"], env=env, start_new_session=True) as process:
-        yield process
-        process.kill()
 
 
 def test_a_pid_that_is_named_in_nothing_is_not_touched(vllmd: Vllmd, neighbour: "subprocess.Popen[bytes]") -> None:

@@ -21,6 +21,7 @@ WIRING = {
     "vllmd.ties",
     "vllmd.ending",
     "vllmd.daemon",
+    "vllmd.deeds",
     "vllmd.service",
     "vllmd.places",
     "vllmd.voice",

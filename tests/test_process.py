@@ -16,9 +16,10 @@ import pytest
 
 from tests.children import LIMIT, Engine, Start, make_launch, start, stranger, subreaper, wait_for
 from vllmd.edge import procfs, strays, tree
-from vllmd.edge.kill import end_runaways, in_thread, kill_tree, sweep
+from vllmd.edge.kill import end_marked, end_runaways, kill_tree
 from vllmd.edge.leftovers import shared_files
 from vllmd.edge.process import adopt, environment, spawn
+from vllmd.edge.tasks import in_thread
 
 __all__ = ["start", "stranger", "subreaper"]  # fixtures
 
@@ -230,7 +231,7 @@ async def test_marked_processes_are_swept_and_others_are_not(start: Start) -> No
     theirs = await (await start("stay()", cookie=f"x{tag}-a-1")).until_up()
     assert {cookie for _, cookie in tree.find_marked(tag)} == {f"{tag}-a-1"}
     assert len(tree.find_marked(tag)) == 2
-    assert await sweep(tag) == ()
+    assert await end_marked(tag) == ()
     assert await ours.nobody_left()
     assert procfs.alive(theirs.child.leader)
 

@@ -8,52 +8,37 @@ import asyncio
 import os
 import time
 from pathlib import Path
-from typing import assert_never
 
 from vllmd import __version__
 from vllmd.attempt import Attempt
 from vllmd.core.cause import parse_rules
 from vllmd.core.core import Core
+from vllmd.deeds import Deeds
 from vllmd.edge.http import ListenError, Listeners
 from vllmd.edge.journal import Lines, Log, configure, find_journal
-from vllmd.edge.kill import in_thread
 from vllmd.edge.probe import Probe
 from vllmd.edge.records import Records, boot_id
 from vllmd.edge.rules import load_rules
 from vllmd.edge.store import Store, Taken
 from vllmd.edge.stream import EventLog
 from vllmd.edge.systemd import Given, Unit
-from vllmd.edge.tasks import Tasks
+from vllmd.edge.tasks import Tasks, in_thread
 from vllmd.ending import Ending
 from vllmd.events import (
-    Adopt,
     Answer,
     Boot,
-    Canary,
-    Command,
     DevicesRead,
     Event,
-    Finish,
-    Forget,
-    Inspect,
-    Inspected,
-    Keep,
-    KillTree,
     Note,
-    ReadDevices,
-    Remember,
     Save,
-    Spawn,
-    Terminate,
 )
-from vllmd.facts import Inspection
 from vllmd.ground import clear_scratch, prepare
 from vllmd.lookout import Lookout
 from vllmd.saver import Saver
 from vllmd.service import Service
 from vllmd.shared import Shared
-from vllmd.spec import Cause, Settings
-from vllmd.survivors import look_back, to_keep
+from vllmd.spec import Settings
+from vllmd.survivors import look_back
 from vllmd.ties import Ties, summary
 from vllmd.voice import Voice
 
@@ -80,10 +65,11 @@ class Daemon:
         self.exit_code = 0
         self._tickets = 0
         self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
-        self._unsaved = asyncio.Event()
+        self.unsaved = asyncio.Event()
         self.finished = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self.ending = Ending(self)
+        self.deeds = Deeds(self)
 
     # -- life
 
@@ -191,7 +177,7 @@ class Daemon:
         commands = self.core.handle(event, now)
         touched = {getattr(event, "instance", None), getattr(event, "model", None)}
         for command in commands:
-            self.do(command)
+            self.deeds.do(command)
             touched.add(getattr(command, "instance", None))
         self._set_timer()
         if self.serving and any(isinstance(command, Save) for command in commands):
@@ -207,80 +193,7 @@ class Daemon:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(max(0.0, due - time.monotonic()), self._queue.put_nowait, None)
 
-    def do(self, command: Command) -> None:
-        """Carry out one command; nothing here waits."""
-        match command:
-            case Inspect():
-                self.tasks.start(self._inspect(command), f"inspection of {command.instance}")
-            case Spawn():
-                spec = self.core.world.instances[command.instance].spec
-                attempt = self.attempts[command.instance] = Attempt(command, spec, self.shared)
-                self.tasks.start(self._spawn(attempt), f"spawn of {command.instance}")
-            case Adopt():
-                spec = self.core.world.instances[command.instance].spec
-                attempt = self.attempts[command.instance] = Attempt(command, spec, self.shared)
-                attempt.adopt(command, self.given.pidfds.get(command.instance))
-                self.lookout.soon()
-            case Save():
-                inst = self.core.world.instances[command.record.id]
-                self.saver.save(to_keep(command.record, inst.spec, self.settings.secrets))
-            case Terminate():
-                self.attempts[command.instance].terminate()
-            case KillTree():
-                attempt = self.attempts[command.instance]
-                self.tasks.start(attempt.kill(crashed=command.crashed), f"end of {command.instance}#{command.attempt}")
-            case Canary():
-                self.attempts[command.instance].begin_canary()
-            case ReadDevices():
-                self.lookout.soon()
-            case Answer():
-                self.tasks.start(self._answer(command), f"answer {command.ticket}")
-            case Remember() | Keep():
-                self._unsaved.set()
-            case Forget():
-                self.attempts.pop(command.instance, None)
-                self.saver.forget(command.instance)
-                self.voice.removed(command.instance)
-            case Note():
-                self.voice.note(command)
-            case Finish():
-                self.finished.set()
-            case _:
-                assert_never(command)
-
     # -- tasks
-
-    async def _spawn(self, attempt: Attempt) -> None:
-        """What is needed to find the process again is on disk before there is one."""
-        await self.saver.saved()
-        attempt.start()
-        self.lookout.soon()
-
-    async def _answer(self, command: Answer) -> None:
-        """What is accepted is on disk: a wish is not lost with the daemon that took it."""
-        await self.saver.saved()
-        future = self.answers.pop(command.ticket, None)
-        if future is not None and not future.done():
-            future.set_result(command)
-
-    async def _inspect(self, command: Inspect) -> None:
-        inst = self.core.world.instances.get(command.instance)
-        if inst is None:
-            return
-        found = await self.inspect(inst.spec.name)
-        if found is None:
-            return
-        problem = found if isinstance(found, Cause) else None
-        result = found if isinstance(found, Inspection) else None
-        self.post(Inspected(command.instance, command.attempt, result, problem))
-
-    async def inspect(self, model: str) -> Inspection | Cause | None:
-        """Preflight of a configured model."""
-        world = self.core.world
-        spec = world.settings.models.get(model) or world.instances[model].spec
-        taken = {s.port: s.name for s in world.settings.models.values() if s.port and s.name != model}
-        taken |= {a.port: name for name, a in self.attempts.items() if a.port and a.live and name != model}
-        return await self.lookout.preflight(spec, taken, self.settings.daemon)
 
     def _seen(self, read: DevicesRead) -> None:
         self.post(read)
@@ -289,9 +202,9 @@ class Daemon:
     async def _save(self) -> None:
         """Write what was learned, a moment after it changed."""
         while True:
-            await self._unsaved.wait()
+            await self.unsaved.wait()
             await asyncio.sleep(SAVE_AFTER)
-            self._unsaved.clear()
+            self.unsaved.clear()
             await in_thread(self.write, 60.0, None)
 
     def write(self) -> None:

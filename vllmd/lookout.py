@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from vllmd.edge.devices import Devices
 from vllmd.edge.inspect import inspect
-from vllmd.edge.kill import in_thread
 from vllmd.edge.process import reap_orphans
 from vllmd.edge.procfs import read_table
+from vllmd.edge.tasks import in_thread
 from vllmd.events import DevicesRead
 from vllmd.facts import Inspection
 from vllmd.places import hf_home

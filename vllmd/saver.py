@@ -6,8 +6,8 @@ What changes while a write runs is collected, so that only the latest record of 
 import asyncio
 from collections.abc import Callable
 
-from vllmd.edge.kill import in_thread
 from vllmd.edge.records import Records
+from vllmd.edge.tasks import in_thread
 from vllmd.record import Record
 
 PATIENCE = 5.0  # seconds that a start waits for its record: a disk that hangs must not keep models from running

@@ -209,7 +209,7 @@ class Service:
         if attempt is not None and attempt.live and spec.port and attempt.port == spec.port:
             found = await self.daemon.lookout.preflight(replace(spec, port=None), {}, self.daemon.settings.daemon)
         else:
-            found = await self.daemon.inspect(name)
+            found = await self.daemon.deeds.inspect(name)
         return found or Cause("inspect-slow", f"the files of {name} do not answer", "files do not answer")
 
     # -- tell

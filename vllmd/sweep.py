@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vllmd.edge import cgroup
-from vllmd.edge.kill import in_thread, kill_members
+from vllmd.edge.kill import end_marked
 from vllmd.edge.leftovers import clear, shared_files
 from vllmd.edge.procfs import Member
 from vllmd.edge.records import Records, boot_id
 from vllmd.edge.store import Store, Taken
 from vllmd.edge.systemd import Unit, pending_job, unit_of
+from vllmd.edge.tasks import in_thread
 from vllmd.edge.tree import find_marked
 from vllmd.places import mark_of
 from vllmd.record import Record
@@ -76,7 +77,7 @@ async def sweep(state_dir: Path, unit: Unit | None) -> int:
     for group in groups:
         killed |= cgroup.pids(group)
         cgroup.kill(group)
-    left = await kill_members(members)
+    left = await end_marked(mark_of(state_dir) + ":")
     for group in groups:
         cgroup.remove(group)
 

@@ -67,8 +67,8 @@ def start(engine: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Starts daemons that end with the module; each is then seen to leave nothing behind."""
     daemons: list[Daemon] = []
 
-    def begin(models: str, *, limit: str = "3.5GiB", defaults: str = "") -> Daemon:
-        daemon = Daemon(tmp_path_factory.mktemp("d"), engine, cache, limit=limit, defaults=defaults)
+    def begin(models: str, *, limit: str = "3.5GiB", defaults: str = "", web: bool = False) -> Daemon:
+        daemon = Daemon(tmp_path_factory.mktemp("d"), engine, cache, limit=limit, defaults=defaults, web=web)
         daemons.append(daemon)
         daemon.configure(models)
         daemon.start()

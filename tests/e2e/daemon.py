@@ -31,7 +31,7 @@ log_dir = {log}
 cache_dir = {cache}
 log_format = "json"
 [http]
-listen = []
+listen = {listen}
 [devices.cpu]
 limit = "{limit}"
 [defaults]
@@ -57,13 +57,15 @@ class Ran:
 class Start(Protocol):
     """Starts a daemon with these tables of [models]."""
 
-    def __call__(self, models: str, *, limit: str = ..., defaults: str = ...) -> "Daemon": ...
+    def __call__(self, models: str, *, limit: str = ..., defaults: str = ..., web: bool = ...) -> "Daemon": ...
 
 
 class Daemon:
     """One vllmd with real engines. `stop` it, then `check_nothing_left`."""
 
-    def __init__(self, folder: Path, engine: Path, cache: Path, *, limit: str, defaults: str) -> None:
+    def __init__(
+        self, folder: Path, engine: Path, cache: Path, *, limit: str, defaults: str, web: bool = False
+    ) -> None:
         self.folder, self.models = folder, engine / "models"
         self.runtime = Path(tempfile.mkdtemp(prefix="vd-"))  # a pytest directory is too long for a socket
         self.socket, self.log_dir = self.runtime / "s", folder / "log"
@@ -76,8 +78,9 @@ class Daemon:
             "cache": cache, "vllm": engine / "bin/vllm",
         }  # fmt: skip
         self._head = CONFIG.format(
-            **{key: json.dumps(str(value)) for key, value in quoted.items()}, limit=limit, defaults=defaults
-        )
+            **{key: json.dumps(str(value)) for key, value in quoted.items()}, limit=limit, defaults=defaults,
+            listen='["127.0.0.1:0"]' if web else "[]",
+        )  # fmt: skip
 
     # -- life
 
@@ -121,6 +124,11 @@ class Daemon:
         """Lines of vllmd's own log that contain `text`."""
         lines = self._log.read_text().splitlines()
         return [json.loads(line) for line in lines if text in line and line.startswith("{")]
+
+    @property
+    def url(self) -> str:
+        """Where it listens for HTTP."""
+        return str(self.said("vllmd is ready")[-1]["web"][0])
 
     def status(self, model: str) -> dict[str, Any]:
         """The model as in `vllmctl status --json`."""

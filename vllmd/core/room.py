@@ -48,6 +48,8 @@ def make_room(world: World, inst: Instance, now: float) -> tuple[str, ...] | Lat
     chances = [at for each in options if (at := first_chance(each.missing, each.offered)) is not None]
     if chances:
         return Later(min(chances))
+    if any(lingers(each) for each in options):
+        return Later(math.inf)
     return never(world, max(options, key=lambda each: each.blocked.asked.account.left - each.blocked.asked.size))
 
 
@@ -61,12 +63,22 @@ def option(world: World, inst: Instance, blocked: Blocked, now: float) -> Option
     return Option(blocked, missing, offered, cheapest(missing, [each for each in offered if each.at <= now]))
 
 
+def lingers(option: Option) -> bool:
+    """Whether the last look at its device still shows what has ended: the next one may say otherwise."""
+    account = option.blocked.asked.account
+    gone = [who for who, size in account.reading.instances.items() if size and who not in account.promised]
+    return bool(gone) or any(account.returning.values())
+
+
 def go(world: World, inst: Instance, option: Option, now: float) -> tuple[str, ...]:
     """Send the victims away and lay claim to what they leave."""
     for offer in option.chosen or ():
         evict(world, world.instances[offer.instance], inst.id, now)
     inst.claim = dict(option.blocked.parts)
     gone = [offer.instance for offer in option.chosen or ()]
+    if gone:
+        inst.made_since = inst.made_since if inst.made_by else now
+        inst.made_by = tuple(dict.fromkeys((*inst.made_by, *gone)))
     return tuple(dict.fromkeys([*gone, *going_on(world, option.blocked.parts)]))
 
 
@@ -101,6 +113,19 @@ def send_away(world: World, victim: Instance, whom: str, now: float) -> None:
     victim.wanted, victim.told_empty = False, False
     victim.deadline = min(victim.deadline or math.inf, now + victim.spec.max_drain)
     world.dirty.add(victim.id)
+
+
+def timeline(world: World, inst: Instance, now: float) -> str:
+    """How long it took until there was room, and what of that each of those that went took for which part."""
+    parts = []
+    for victim in (world.instances[name] for name in inst.made_by if name in world.instances):
+        told, drained, ended = victim.shut_at, victim.passed.get(State.DRAINING), victim.passed.get(State.STOPPING)
+        if drained is None or ended is None or not told <= drained <= ended:
+            continue
+        words = f"{victim.id} emptied in {span(drained - told)}, drained in {span(ended - drained)}"
+        rest = max((at for at in victim.passed.values() if at >= ended), default=now)
+        parts.append(f"{words}, ended with its memory back in {span(rest - ended)}")
+    return f"room after {span(now - inst.made_since)}" + (f": {'; '.join(parts)}" if parts else "")
 
 
 def count_swap(world: World, victim: Instance, whom: str, now: float) -> None:

@@ -13,7 +13,7 @@ from vllmd.core.ledger import device_label
 from vllmd.core.need import learned_key
 from vllmd.core.placing import Blocked, Placed, find_place, freeing, will_measure
 from vllmd.core.refusals import no_room
-from vllmd.core.room import Later, make_room
+from vllmd.core.room import Later, make_room, timeline
 from vllmd.core.states import Move, State
 from vllmd.core.victims import turn
 from vllmd.core.waiting import busy_word, hold_in_line, note_cause
@@ -215,6 +215,8 @@ def admit(world: World, inst: Instance, place: Placed, now: float) -> None:
     inst.launch = launch(inst.spec, inst.id, inst.attempt, place.need, inst.found, place.devices, world.places)
     inst.measuring = will_measure(place.need, place.devices)
     reset_start(inst, now)
+    if inst.made_by:
+        world.note("swap", timeline(world, inst, now), inst)
     world.answer(inst, 202, f"{inst.id}: starting")
     sizes = " + ".join(gib(size) for size in dict.fromkeys(place.parts.values()))
     world.move(inst, Move.ADMIT, now, f"{sizes} reserved on {', '.join(map(device_label, place.devices))}")

@@ -26,6 +26,7 @@ class Instance:
     spec: ModelSpec  # what it runs with; the model's newer one takes over at the next start
     state: State = State.STOPPED
     since: float = 0.0
+    passed: dict[State, float] = field(default_factory=dict)  # when it last came to each state
     deadline: float | None = None
     attempt: int = 0
     wanted: bool = False  # should be up: decides what follows an end
@@ -40,6 +41,8 @@ class Instance:
     line_priority: int = 0
     by_demand: bool = False  # this start is for those who wait, and for nobody else
     claim: Mapping[str, int] = field(default_factory=dict)  # device -> bytes: what is being freed there is for it
+    made_by: tuple[str, ...] = ()  # those that went for it, the first of them told at `made_since`
+    made_since: float = 0.0
     queue_until: float = 0.0  # what it waits for is looked at anew then at the latest
 
     # what preflight and placement found, for this attempt
@@ -160,11 +163,12 @@ class World:
         except IllegalMove as error:
             raise IllegalMove(f"{inst.id} (attempt {inst.attempt}): {error}") from None
         old, inst.state, inst.since, inst.deadline = inst.state, state, now, None
+        inst.passed[state] = now
         self.dirty.add(inst.id)
         if state not in HOLDING:
             self.ledger.release(inst.id)
         if state is not State.WAITING:
-            inst.claim = {}
+            inst.claim, inst.made_by = {}, ()
         if state is State.READY:
             self.open(inst)
         elif old is State.READY:
@@ -182,7 +186,9 @@ class World:
         """No new requests. `for_whom`: it is still up, and ends when those under way have ended."""
         if not inst.shut_for:
             self.emit(Shut(inst.id, inst.attempt, inst.spec.name))
-        inst.shut_for, inst.shut_at = for_whom, self.now
+        inst.shut_for = for_whom
+        if for_whom:
+            inst.shut_at = self.now
 
     def turn_away(self, inst: Instance, cause: Cause, after: float | None = None) -> None:
         """Tell those who wait for it that they wait in vain."""

@@ -76,6 +76,11 @@ WAIT: Options = {
     "--timeout": {"metavar": "TIME", "type": duration, "help": 'wait no longer than this ("90s", "10m"); exit code 6'},
 }
 NOW: Options = {"--now": {"action": SWITCH, "help": "do not let running requests finish"}}
+LEND: Options = {
+    "--for": {"metavar": "TIME", "type": duration, "dest": "seconds", "help": 'for so long, such as "2h"'},
+    "--device": {"metavar": "DEVICE", "help": "an index or UUID (the one where the least must go)"},
+    "--end": {"action": SWITCH, "help": "take all back now"},
+}
 
 COMMANDS: dict[str, Command] = {
     "status": Command(
@@ -116,6 +121,13 @@ COMMANDS: dict[str, Command] = {
     "show": Command("details:show", "show all that is known of a model: settings, command line, files", "MODEL"),
     "plan": Command("details:plan", "show who fits with whom and with which flags; starts nothing", "MODELS?"),
     "devices": Command("details:devices", "show who has the memory of each device"),
+    "lend": Command(
+        "lend:run",
+        "free memory for something else, and get it back later",
+        "SIZE?",
+        LEND | WAIT,
+        "vllmctl lend 6GiB --for 2h\nvllmctl lend --end",
+    ),
     "validate": Command(
         "configuration:validate", "check a configuration file; needs no daemon", "FILE?",
         examples="vllmctl validate /etc/vllmd/vllmd.toml",
@@ -152,6 +164,7 @@ NARGS: dict[str, dict[str, Any]] = {
     "MODEL": {"dest": "model", "metavar": "MODEL"},
     "MODELS": {"dest": "models", "metavar": "MODEL", "nargs": "*"},
     "MODELS?": {"dest": "models", "metavar": "MODEL", "nargs": "*"},
+    "SIZE?": {"dest": "size", "metavar": "SIZE", "nargs": "?"},
     "FILE?": {"dest": "file", "metavar": "FILE", "nargs": "?"},
     "SHELL": {"dest": "shell", "choices": ("bash", "zsh", "fish")},
 }
@@ -226,7 +239,10 @@ def overview() -> str:
     ]
     for name, command in visible().items():
         operand = (
-            command.operand.replace("MODELS?", "[MODEL...]").replace("MODELS", "MODEL...").replace("FILE?", "[FILE]")
+            command.operand.replace("MODELS?", "[MODEL...]")
+            .replace("MODELS", "MODEL...")
+            .replace("FILE?", "[FILE]")
+            .replace("SIZE?", "[SIZE]")
         )
         lines.append(f"  {f'{name} {operand}'.rstrip():<21} {command.summary}")
     lines += ["", "options of every command:"]

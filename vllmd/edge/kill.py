@@ -16,7 +16,7 @@ from vllmd.edge.leftovers import clear, shared_files
 from vllmd.edge.process import Child, reap_orphans
 from vllmd.edge.procfs import Member
 from vllmd.edge.strays import runaways, strays_of
-from vllmd.edge.tasks import in_thread as in_thread  # for those who look for it here
+from vllmd.edge.tasks import in_thread
 
 ROUND = 10.0  # seconds that a killed process may take to end
 LOOK = 5.0  # seconds that a look through /proc may take
@@ -54,7 +54,7 @@ async def kill_tree(
     return tuple(sorted(member.pid for member in left))
 
 
-async def sweep(prefix: str) -> tuple[int, ...]:
+async def end_marked(prefix: str) -> tuple[int, ...]:
     """Kill what carries a cookie with this prefix: leftovers of an earlier daemon. Returns the pids that live on."""
 
     def look() -> frozenset[Member]:
