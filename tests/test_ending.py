@@ -92,7 +92,7 @@ async def test_whatever_fails_at_the_end_the_rest_is_done(
         serving=True, exit_code=code, ties=SimpleNamespace(supervised=False), attempts=attempts,
         listeners=SimpleNamespace(stop=part.step("listeners")), tasks=Tasks(lambda *_: None), write=lambda: None,
         saver=SimpleNamespace(clear=part.step("clear")), log=SimpleNamespace(error=said.append, info=said.append),
-        store=SimpleNamespace(unlock=lambda: order.append("unlock")),
+        store=SimpleNamespace(unlock=lambda: order.append("unlock")), gateway=SimpleNamespace(close=lambda: None),
     )  # fmt: skip
     await Ending(daemon).leave()  # type: ignore[arg-type]
     models_again = ["a", "b"]  # they are not over: it is tried once more

@@ -32,6 +32,7 @@ from vllmd.events import (
     Note,
     Save,
 )
+from vllmd.gateway.gateway import Gateway
 from vllmd.ground import clear_scratch, prepare
 from vllmd.lookout import Lookout
 from vllmd.saver import Saver
@@ -96,6 +97,10 @@ class Daemon:
     async def _prepare(self) -> None:
         spec = self.settings.daemon
         self.service = Service(self)
+        self.gateway = Gateway(
+            self.post, self.service.outlook, self.service.rows, self.service.fault, asyncio.get_running_loop()
+        )  # fmt: skip
+        self.gateway.configure(self.settings.models, self.settings.http)
         control = self.given.sockets.get("control", ())
         self.listeners = Listeners(
             self.service,
@@ -161,6 +166,7 @@ class Daemon:
     def adopt(self, settings: Settings) -> None:
         """A reloaded configuration: what of it concerns the wiring."""
         old, self.settings = self.settings, settings
+        self.gateway.configure(settings.models, settings.http)
         self.shared.log_size, self.shared.log_keep = settings.daemon.log_size, settings.daemon.log_keep
         self.shared.secrets |= settings.secrets
         if settings.daemon.log_level != old.daemon.log_level:

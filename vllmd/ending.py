@@ -115,6 +115,7 @@ class Ending:
         await asyncio.gather(*(self._step(name, work, MODELS_END) for name, work in works))
 
     async def _hang_up(self) -> None:
+        self._daemon.gateway.close()
         await self._daemon.listeners.stop()
 
     async def _end_runaways(self) -> None:

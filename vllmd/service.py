@@ -15,6 +15,7 @@ from vllmd.config.change import plan as plan_change
 from vllmd.config.load import ConfigError, load
 from vllmd.core import plan, view
 from vllmd.core.refusals import never_fit
+from vllmd.core.words import explain, outlook
 from vllmd.core.world import Instance
 from vllmd.edge.backend import Access, Caller, LogReader, Refused, Tallies, Verb
 from vllmd.edge.logview import LogView, find_log
@@ -22,6 +23,7 @@ from vllmd.edge.process import inherited
 from vllmd.edge.tasks import in_thread
 from vllmd.events import Answer, Event, Reload, Restart, Start, Stop
 from vllmd.facts import Inspection
+from vllmd.gateway.waiting import Outlook
 from vllmd.spec import Cause, ModelSpec, Settings
 from vllmd.veil import Veil, hide, secrets_in
 
@@ -83,6 +85,19 @@ class Service:
 
     def schema(self) -> dict[str, Any]:
         return config_schema.schema()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The models as the status has them."""
+        return [view.model(self.world, inst, time.monotonic()) for inst in self.world.instances.values()]
+
+    def outlook(self, name: str) -> Outlook:
+        """How far a model is, for those who wait for it."""
+        inst: Instance | None = self.world.instances.get(name)
+        if inst is None:
+            return Outlook("removed", "")
+        now = time.monotonic()
+        said, start = explain(self.world, inst, now), outlook(self.world, inst, now)
+        return Outlook(str(inst.state), said.text, start.left)
 
     def tallies(self) -> Tallies:
         counted: Mapping[tuple[str, ...], int] = self.world.counters
