@@ -25,6 +25,7 @@ def device() -> dict[str, Any]:
         "id": "GPU-1", "kind": "gpu", "index": 0, "label": "GPU 0", "name": "RTX", "total": 12 * GIB, "budget": 11 * GIB,
         "reserve": GIB, "reserved": 6 * GIB, "used": 6 * GIB, "external": GIB // 2,
         "external_processes": [{"pid": 7, "name": "Xorg", "used": GIB // 2}], "free": 4 * GIB, "silent_s": 0.5,
+        "lent": 0, "lent_missing": 0, "lent_for_s": None,
     }  # fmt: skip
 
 
@@ -32,11 +33,13 @@ def model(name: str, state: str = "stopped", **more: Any) -> dict[str, Any]:
     """One row of the status."""
     row = {
         "name": name, "model": f"org/{name}", "category": ["llm"], "state": state, "wanted": False, "autostart": False,
+        "pinned": False, "on_demand": True,
         "phase": None, "progress": None, "overall": None, "elapsed_s": None, "eta_s": None, "usual_s": None,
         "silent_s": None, "deadline_s": None, "since_s": 5.0, "pid": None, "pids": [], "endpoint": None, "devices": [],
         "per_device": [], "need": None, "need_measured": False, "reserved": 0, "used": 0, "attempt": 0, "restarts": 0,
         "failures": 0, "uptime_s": None, "requests_running": 0, "requests_waiting": 0, "tokens_per_s": 0.0,
-        "waits_for": [], "why": None,
+        "requests_in_line": 0, "line_since_s": None, "idle_s": None, "unloads_in_s": None,
+        "makes_room_for": None, "waits_for": [], "why": None,
     }  # fmt: skip
     return row | more
 
@@ -132,6 +135,9 @@ class Stub:
                 self.cancelled.set()
                 raise
         return {name: self.answers.get(name, Answer(1, 202, f"{name}: {verb}")) for name in names}
+
+    async def lend(self, size: int, seconds: float, device: str | None, caller: Caller) -> Answer:
+        return Answer(0, 200, f"{size} bytes of {device} for {seconds} s")
 
     async def reload(self, dry_run: bool, caller: Caller) -> Answer:
         self.asked.append(("reload", dry_run))

@@ -52,7 +52,8 @@ async def test_each_route_answers_as_its_schema_says(front: Front, route: Any) -
     """Every JSON route of the table answers, and its answer is what OpenAPI promises."""
     path = route.path.replace("{name}", "alpha")
     takes_names = route.method == "POST" and "models" in [param.name for param in route.params]
-    answer = await front.unix.request(route.method, path, json={"models": ["alpha"]} if takes_names else None)
+    body = {"models": ["alpha"]} if takes_names else {"size": 0} if path.endswith("/lend") else None
+    answer = await front.unix.request(route.method, path, json=body)
     assert answer.status in (200, 202), await answer.text()
     schema = {"$ref": f"#/components/schemas/{route.answer}", "components": describe(ROUTES)["components"]}
     jsonschema.Draft202012Validator(schema).validate(await answer.json())

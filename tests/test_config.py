@@ -206,11 +206,26 @@ def test_a_mistake_in_a_model_is_told_with_place_and_way_out(
         ('[http]\nlisten = "127.0.0.1:1"', [
             '2: http.listen: "127.0.0.1:1" is not a list of addresses (try ["127.0.0.1:1"])']),
         ('[http]\nlisten = ["[::1]:8400",\n "0.0.0.0:80"]', [
-            '3: http.listen[1]: "0.0.0.0:80" is open to other machines, which needs API keys '
-            "(API keys come with the gateway; until then listen on 127.0.0.1:80)"]),
+            "3: http.listen[1]: 0.0.0.0:80 is open to other machines, which needs an API key "
+            "(`vllmctl key NAME` makes one; or listen on 127.0.0.1:80)"]),
         ('[http]\nlisten = [":8400"]', [
-            '2: http.listen[0]: ":8400" is open to other machines, which needs API keys '
-            "(API keys come with the gateway; until then listen on 127.0.0.1:8400)"]),
+            "2: http.listen[0]: :8400 is open to other machines, which needs an API key "
+            "(`vllmctl key NAME` makes one; or listen on 127.0.0.1:8400)"]),
+        ('[http]\ntls_cert = "c.pem"', ["2: http.tls_cert: needs tls_key as well"]),
+        ('[http]\nhosts = ["a:1"]', [
+            '2: http.hosts[0]: "a:1" is not a host\'s name (such as "models.example.org", without a port)']),
+        ('[http]\norigins = ["ui.example"]', [
+            '2: http.origins[0]: "ui.example" is not an origin (such as "https://ui.example.org")']),
+        ('[keys.a]\nhash = "secret-key-in-clear"', [
+            '2: keys.a.hash: is not "sha256:" and 64 hex digits (`vllmctl key NAME` makes a key and prints the line)']),
+        ("[keys.a]", ["1: keys.a: needs the key hash (`vllmctl key NAME` makes a key and prints the line)"]),
+        (f'[models.ocr]\nmodel = "a/b"\n[keys.a]\nhash = "sha256:{"0" * 64}"\nscopes = ["all"]\nmodels = ["orc"]', [
+            '5: keys.a.scopes[0]: "all" is no scope (infer, read or admin)',
+            '6: keys.a.models: no model is called "orc" (did you mean ocr?)']),
+        ('[models.ocr]\nmodel = "a/b"\naliases = { "x y" = {}, z = { force = { model = "q" } }, w = { forse = {} } }', [
+            '3: models.ocr.aliases."x y": "x y" is not an alias',
+            '3: models.ocr.aliases.w: unknown key "forse" (defaults, force, drop)',
+            "3: models.ocr.aliases.z: force: the model is what an alias stands for"]),
         ('[http]\nlisten = ["myhost:1"]', [
             '2: http.listen[0]: "myhost:1" is not an address (an IP address: "127.0.0.1:8400" or "[::1]:8400")']),
         ('[daemon]\nsocket = "/' + "x" * 120 + '"', [
@@ -254,10 +269,11 @@ def test_a_default_file_that_is_missing_says_where_it_may_be(root: bool, where: 
 
 def test_a_key_without_effect_is_a_warning_where_it_differs_from_its_default(check: Check, tmp_path: Path) -> None:
     """What waits for a later version is checked, typed, and said to do nothing yet."""
-    settings = check(MODEL + 'ttl = "15m"\npinned = false\nreplicas = 2\nswap = "stop"\n')
+    settings = check(MODEL + 'environment = "e"\npinned = false\nreplicas = 2\nttl = "15m"\n')
     file = tmp_path / "vllmd.toml"
     assert settings.warnings == (
-        f"{file}:3: models.ocr.ttl: understood, no effect in this version (idle stop comes with the gateway)",
+        f"{file}:3: models.ocr.environment: understood, no effect in this version "
+        "(environments come in a later version; use executable)",
         f"{file}:5: models.ocr.replicas: understood, no effect in this version (replicas come in a later version)",
     )
     assert (settings.models["ocr"].ttl, settings.models["ocr"].replicas) == (900.0, (2, 2))

@@ -201,7 +201,7 @@ async def test_two_hundred_slow_clients(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
 async def test_too_many_connections_are_told_so(tmp_path: Path, kind: str) -> None:
     """503 for the next one on this listener; the other listener, and whoever comes when there is room, is served."""
-    async with fronted(tmp_path / "s", Limits(connections=5)) as front:
+    async with fronted(tmp_path / "s", Limits(connections=5, web_connections=5)) as front:
         clients = [await front.connect(kind) for _ in range(5)]
         async with asyncio.timeout(20):
             while front.listeners.connections < 5:

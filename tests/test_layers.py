@@ -36,7 +36,8 @@ EDGES = {
     "process": {"process", "procfs", "tree", "kill", "strays", "leftovers", "listener", "cgroup"},
     "logs": {"logfile", "logread", "logtext", "logview"},
     "http": {
-        "http", "bind", "gate", "route", "routes", "params", "schemas", "openapi", "backend", "sse", "stream", "metrics",
+        "http", "bind", "auth", "gate", "route", "routes", "params", "schemas", "openapi", "backend", "sse", "stream",
+        "metrics",
     },
     "devices": {"devices", "nvml", "ram"},
     "inspect": {"inspect", "engine", "hub", "port", "weights"},

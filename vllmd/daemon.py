@@ -109,6 +109,8 @@ class Daemon:
             self.settings.http,
             given=control,
             tcp=self.given.sockets.get("http", ()),
+            front=self.gateway,
+            keys=self.settings.keys,
         )
         await self.listeners.open()  # all that may refuse us, before anything of an earlier daemon is touched
         places, cgroups = prepare(spec, self.log, self.ties.user_cgroup)
@@ -167,6 +169,8 @@ class Daemon:
         """A reloaded configuration: what of it concerns the wiring."""
         old, self.settings = self.settings, settings
         self.gateway.configure(settings.models, settings.http)
+        if trouble := self.listeners.reconfigure(settings.http, settings.keys):
+            self.voice.note(Note("http", trouble, "error"))
         self.shared.log_size, self.shared.log_keep = settings.daemon.log_size, settings.daemon.log_keep
         self.shared.secrets |= settings.secrets
         if settings.daemon.log_level != old.daemon.log_level:

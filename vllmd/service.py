@@ -21,7 +21,7 @@ from vllmd.edge.backend import Access, Caller, LogReader, Refused, Tallies, Verb
 from vllmd.edge.logview import LogView, find_log
 from vllmd.edge.process import inherited
 from vllmd.edge.tasks import in_thread
-from vllmd.events import Answer, Event, Reload, Restart, Start, Stop
+from vllmd.events import Answer, Event, Lend, Reload, Restart, Start, Stop
 from vllmd.facts import Inspection
 from vllmd.gateway.waiting import Outlook
 from vllmd.spec import Cause, ModelSpec, Settings
@@ -145,6 +145,11 @@ class Service:
             self.daemon.post(event)
         return {name: await future for name, future in futures.items()}
 
+    async def lend(self, size: int, seconds: float, device: str | None, caller: Caller) -> Answer:
+        ticket, future = self.daemon.ask()
+        self.daemon.post(Lend(size, seconds, device, ticket))
+        return await future
+
     async def reload(self, dry_run: bool, caller: Caller) -> Answer:
         async with self._reloading:
             answer = await self._reload(dry_run)
@@ -245,7 +250,7 @@ class Service:
 def keep_fixed(new: Settings, old: Settings) -> Settings:
     """What a running daemon cannot change (sockets, directories) stays; `change` has told the operator."""
     live = {name: getattr(new.daemon, name) for name in ("log_size", "log_keep", "log_level")}
-    return replace(new, daemon=replace(old.daemon, **live), http=old.http)
+    return replace(new, daemon=replace(old.daemon, **live), http=replace(new.http, listen=old.http.listen))
 
 
 def change_rows(change: Change) -> dict[str, Any]:

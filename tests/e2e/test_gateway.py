@@ -1,5 +1,6 @@
 """Any client, one URL: the official openai and anthropic packages against real vLLM, two models and room for one."""
 
+import http.client
 import itertools
 import json
 import threading
@@ -8,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import anthropic
-import httpx
 import openai
 import pytest
 
@@ -58,11 +58,15 @@ def test_a_stream_starts_its_model_and_sees_how_far_it_is(
     began = time.monotonic()
     body = {"model": "alpha", "stream": True, "max_tokens": 5, "messages": [{"role": "user", "content": "hello"}]}
     comments, data, first = [], [], 0.0
-    with httpx.stream("POST", f"{daemon.url}/v1/chat/completions", json=body, timeout=PATIENT) as answer:
-        assert answer.status_code == 200
-        first = time.monotonic() - began
-        for line in answer.iter_lines():
-            (comments if line.startswith(":") else data).append(line)
+    connection = http.client.HTTPConnection(daemon.url.removeprefix("http://"), timeout=PATIENT)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 200
+    first = time.monotonic() - began
+    for line in answer:
+        text = line.decode().rstrip("\n")
+        (comments if text.startswith(":") else data).append(text)
+    connection.close()
     assert first < 5.0
     assert any("vllmd" in line for line in comments)
     assert data[-2:] == ["data: [DONE]", ""]

@@ -62,6 +62,9 @@ def plan(old: Settings, new: Settings) -> Change:
     for name in dict.fromkeys((*old.devices, *new.devices)):
         before, after = old.devices.get(name), new.devices.get(name)
         live += [f"devices.{name}.{option.key}" for option in _differing(Section.DEVICES, before, after)]
+    live += [
+        f"keys.{name}" for name in dict.fromkeys((*old.keys, *new.keys)) if old.keys.get(name) != new.keys.get(name)
+    ]
     return Change(models, tuple(live), tuple(key for key, restarts in changed if restarts))
 
 

@@ -15,13 +15,14 @@ from vllmd.config.problems import Key, nearest, quote
 
 @dataclass(slots=True)
 class Draft:
-    """Typed values by key, as far as they were written. `models` and `devices` by name, in file order."""
+    """Typed values by key, as far as they were written. `models`, `keys` and `devices` by name, in file order."""
 
     daemon: dict[str, Any] = field(default_factory=dict)
     http: dict[str, Any] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     devices: dict[str, dict[str, Any]] = field(default_factory=dict)
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    keys: dict[str, dict[str, Any]] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
 
     def source(self, name: str, key: str) -> Key:
@@ -51,7 +52,7 @@ def read(data: Mapping[str, Any], place: Callable[[Key], Place]) -> Draft:
             hint = f"open one with {header(section)}"
             draft.faults.append(Fault(f"{quote(value)} is not a table", hint, (at,)))
             return {}
-        check = _check_name if section is Section.MODELS else _check_device
+        check = _check_device if section is Section.DEVICES else _check_name
         members: dict[str, dict[str, Any]] = {}
         for name, inner in value.items():
             try:
@@ -70,7 +71,7 @@ def read(data: Mapping[str, Any], place: Callable[[Key], Place]) -> Draft:
                 read_as = table(value, (key,), Section(meant))
             case "defaults":
                 read_as = table(value, (key,), Section.MODELS)
-            case "devices" | "models":
+            case "devices" | "models" | "keys":
                 read_as = family(value, key, Section(meant))
         if key in TOP:
             setattr(draft, key, read_as)

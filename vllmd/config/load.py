@@ -22,7 +22,7 @@ from vllmd.config.paths import complete, find_config, home, is_root, own_config
 from vllmd.config.problems import ConfigError, Key, Problem, spell
 from vllmd.config.rules import Known, broken
 from vllmd.config.substitute import Filler
-from vllmd.spec import DaemonSpec, DeviceRule, HttpSpec, ModelSpec, Overrun, RestartRule, Settings
+from vllmd.spec import ApiKey, DaemonSpec, DeviceRule, HttpSpec, ModelSpec, Overrun, RestartRule, Settings
 
 __all__ = ["ConfigError", "Problem", "Verdict", "check", "find_config", "load"]
 
@@ -248,10 +248,16 @@ def _settings(
         http=HttpSpec(**_filled(Section.HTTP, draft.http)),
         devices={name: DeviceRule(**_filled(Section.DEVICES, rule)) for name, rule in draft.devices.items()},
         models={name: _model(name, draft.defaults, table) for name, table in draft.models.items()},
+        keys={name: _key(name, table) for name, table in draft.keys.items()},
         files=tuple(Path(layer.file) for layer in layers[:-1]),
         warnings=warnings,
         secrets=secrets,
     )
+
+
+def _key(name: str, own: Mapping[str, Any]) -> ApiKey:
+    values = _filled(Section.KEYS, own)
+    return ApiKey(name, values["hash"], values["scopes"], values["models"], values["priority"])
 
 
 def _filled(section: Section, values: Mapping[str, Any]) -> dict[str, Any]:

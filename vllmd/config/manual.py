@@ -48,7 +48,9 @@ env = { OMP_NUM_THREADS = "2" }
 
 _INTRO: Final = {
     Section.DAEMON: "## [daemon]\n\nThe daemon itself.",
-    Section.HTTP: "## [http]\n\nThe status API over TCP.",
+    Section.HTTP: "## [http]\n\nThe gateway and the status API over TCP.",
+    Section.KEYS: "## [keys.NAME]\n\nAPI keys, one table each. `vllmctl key NAME` makes one, prints it once, and the table for "
+    "this file. Clients send it as `Authorization: Bearer KEY` or `x-api-key: KEY`.",
     Section.DEVICES: '## [devices."*"]\n\nThe budget of a device is its total less `reserve`, at most `limit`. In place '
     'of `*` an index (`[devices.0]`), a UUID (`[devices."GPU-..."]`) or `cpu` (the machine\'s memory, where there is no '
     "GPU); `*` is for all without a table of their own.",

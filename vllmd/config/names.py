@@ -12,9 +12,11 @@ from vllmd.config.problems import Substituted, quote
 MODEL_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 NAME_RULE: Final = "lower-case letters, digits, ., _ and -, at most 63, the first a letter or digit"
 _CATEGORY: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,30}")
-_ALIAS: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,126}")
+ALIAS: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,126}")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _DEVICE: Final = re.compile(r"\d{1,3}|cpu|(GPU|MIG)-[A-Za-z0-9./-]{1,80}", re.ASCII)
+_HOST: Final = re.compile(r"[a-z0-9]([a-z0-9._-]{0,251}[a-z0-9])?", re.ASCII)
+_ORIGIN: Final = re.compile(r"https?://[a-z0-9._\[\]:-]{1,260}", re.ASCII)
 _LISTEN: Final = re.compile(r"(\[[^]]*\]|[^][:]*):(\d{1,6})", re.ASCII)
 
 
@@ -145,14 +147,43 @@ def read_address(value: Any) -> tuple[str, int]:
     host, port = match[1].strip("[]"), int(match[2])
     host = "127.0.0.1" if host == "localhost" else host
     try:
-        loopback = bool(host) and ipaddress.ip_address(host).is_loopback
+        if host:  # without one: all addresses
+            ipaddress.ip_address(host)
     except ValueError:
         raise bad(f"{quote(value)} is not an address", 'an IP address: "127.0.0.1:8400" or "[::1]:8400"') from None
-    if not loopback:
-        # There are no API keys in this version, and without keys nobody but this machine may come in.
-        hint = f"API keys come with the gateway; until then listen on 127.0.0.1:{port}"
-        raise bad(f"{quote(value)} is open to other machines, which needs API keys", hint)
     return host, port
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can come in there."""
+    return bool(host) and ipaddress.ip_address(host).is_loopback
+
+
+def read_host(value: Any) -> str:
+    """A name under which a machine is asked."""
+    string = text(value, "a host's name").lower()
+    if not _HOST.fullmatch(string):
+        raise bad(f"{quote(value)} is not a host's name", 'such as "models.example.org", without a port')
+    return str(string)
+
+
+def read_origin(value: Any) -> str:
+    """Scheme, host and port of a page, as browsers say it."""
+    string = text(value, "an origin").lower().rstrip("/")
+    if not _ORIGIN.fullmatch(string):
+        raise bad(f"{quote(value)} is not an origin", 'such as "https://ui.example.org"')
+    return str(string)
+
+
+def listing(read: Callable[[Any], Any], what: str) -> Kind:
+    """A list of such values."""
+
+    def read_list(value: Any, _: Place) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise bad(f"{quote(value)} is not {what}", f"try [{quote(value)}]" if isinstance(value, str) else "")
+        return each(value, read)
+
+    return Kind(what, {"type": "array", "items": {"type": "string"}}, read_list)
 
 
 STRING = Kind("a string", {"type": "string"}, lambda value, _: str(text(value)))
@@ -160,7 +191,6 @@ PATH = Kind("a path", {"type": "string", "minLength": 1}, read_path)
 MODEL = Kind("a hub id (owner/name) or a path (./folder, /folder)", {"type": "string", "minLength": 1}, read_model)
 COMMAND = Kind("a command or a path", {"type": "string", "minLength": 1}, read_command)
 CATEGORIES = words(_CATEGORY, "a category in lower case", "a list of categories")
-ALIASES = words(_ALIAS, "an alias", "a list of names")
 ENVIRONMENT = Kind(
     "the name of an environment",
     {"type": "string", "pattern": MODEL_NAME.pattern},
@@ -186,3 +216,5 @@ REPLICAS = Kind(
     read_replicas,
 )
 LISTEN = Kind('a list of addresses ("127.0.0.1:8400")', {"type": "array", "items": {"type": "string"}}, read_listen)
+HOSTS = listing(read_host, 'a list of host names ("models.example.org")')
+ORIGINS = listing(read_origin, 'a list of origins ("https://ui.example.org")')

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from vllmd.config import engine, kinds, names
+from vllmd.config import access, engine, kinds, names
 from vllmd.config.kinds import Bad, Fault, Kind, Place, choice, duration, whole
 from vllmd.config.problems import nearest, quote
 
@@ -22,6 +22,7 @@ class Section(StrEnum):
     HTTP = "http"
     DEVICES = "devices"
     MODELS = "models"
+    KEYS = "keys"
     RESTART = "restart"
 
 
@@ -87,9 +88,12 @@ def unknown(options: Mapping[str, Option], key: str, value: Any) -> Fault:
 
 def header(section: Section) -> str:
     """How a table of this section is opened."""
-    return {Section.DEVICES: '[devices."*"]', Section.MODELS: "[models.NAME]", Section.RESTART: "restart = { }"}.get(
-        section, f"[{section}]"
-    )
+    return {
+        Section.DEVICES: '[devices."*"]',
+        Section.MODELS: "[models.NAME]",
+        Section.KEYS: "[keys.NAME]",
+        Section.RESTART: "restart = { }",
+    }.get(section, f"[{section}]")
 
 
 def _read_restart(value: Any, place: Place) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def _restart_schema() -> dict[str, Any]:
 
 
 _d, _h, _v = _section(Section.DAEMON), _section(Section.HTTP), _section(Section.DEVICES)
-_m, _r = _section(Section.MODELS), _section(Section.RESTART)
+_m, _r, _k = _section(Section.MODELS), _section(Section.RESTART), _section(Section.KEYS)
 
 _RESTART_OPTIONS: Final = (
     _r("backoff", duration("100ms", "1h"), "1s", "The pause after the first crash; it doubles with each further one."),
@@ -144,11 +148,26 @@ OPTIONS: Final = (
     _d("log_keep", whole(1, 1000), 10, "So many rotated files are kept per model."),
     # -- [http]
     _h("listen", names.LISTEN, ["127.0.0.1:8400"], restarts=True,
-       doc="Addresses of the status API. `[]` = none. This machine only, as there are no API keys yet."),
+       doc="Addresses of the gateway and of the status API. `[]` = none. One that other machines can reach needs [keys.NAME]."),
+    _h("tls_cert", names.PATH, None, "The certificate with its chain, PEM, for TLS on all addresses. Read again at a reload.",
+       absent="no TLS"),
+    _h("tls_key", names.PATH, None, "Its private key, PEM.", absent="no TLS"),
+    _h("hosts", names.HOSTS, [], "Names under which clients ask for this machine, beside its own: others are refused."),
+    _h("origins", names.ORIGINS, [], "Pages of other sites that may ask from a browser."),
+    _h("open_loopback", kinds.BOOL, True,
+       "Who comes from this machine needs no key to ask models and to look. Turn it off behind a reverse proxy."),
+    _h("max_body", kinds.size(least=64 << 10), "256MiB", "The largest request."),
+    _h("memory", kinds.size(least=1 << 20), "512MiB", "All requests together that wait or are on their way to an engine."),
     # -- [devices."*"]
     _v("reserve", kinds.size(auto=True, least=0), "auto",
        "Left to others. `auto`: 512 MiB, or with a display attached what it uses + 1 GiB."),
     _v("limit", kinds.SIZE_OR_AUTO, "auto", "The most that all models together take. `auto`: no limit but `reserve`."),
+    # -- [keys.NAME]
+    _k("hash", access.HASH, None, "SHA-256 of the key, as `vllmctl key NAME` prints it. The key itself is nowhere.",
+       absent="needed"),
+    _k("scopes", access.SCOPES, ["infer"], "What it is good for: `infer` asks models, `read` looks, `admin` changes."),
+    _k("models", access.MODELS, None, "The models that it may ask.", absent="all"),
+    _k("priority", whole(-100, 100), 0, "Added to the model's for who waits with it."),
     # -- [models.NAME] and [defaults]
     _m("model", names.MODEL, None, restarts=True, absent="needed",
        doc="A hub id (`owner/name`) or a path: `./folder` (beside the file), `/folder`, `~/folder`."),
@@ -188,14 +207,22 @@ OPTIONS: Final = (
     _m("drain", duration("0s", "1d"), "30s", restarts=True,
        doc="A stop lets running requests finish for so long (`--shutdown-timeout`)."),
     _m("stop_timeout", duration("1s", "1h"), "20s", "After the drain the process gets so long before it is killed."),
-    _m("queue_timeout", duration("1s", "1d"), "300s", "A start waits so long for memory or for its turn on a device."),
-    _m("pinned", kinds.BOOL, False, "Never stopped to make room.", later="switching comes with the gateway"),
-    _m("ttl", duration("1s", "366d", off=True), "off", "Stop when idle for so long.",
-       later="idle stop comes with the gateway"),
-    _m("priority", whole(-100, 100), 0, "Who comes first where several wait.", later="queues come with the gateway"),
-    _m("aliases", names.ALIASES, [], "Further names for requests.", later="aliases come with the gateway"),
-    _m("max_drain", duration("0s", "1d"), "10m", "How long a busy model may keep one that waits from its memory.",
-       later="switching comes with the gateway"),
+    _m("queue_timeout", duration("1s", "1d"), "300s",
+       "A start waits so long for memory or for its turn on a device, and a request for its model."),
+    _m("on_demand", kinds.BOOL, True, "A request starts it, and others make room for it. `false`: only an operator does."),
+    _m("pinned", kinds.BOOL, False, "Never stopped to make room for another."),
+    _m("home", kinds.BOOL, False, "Comes back when there is room again after it made room for another."),
+    _m("ttl", duration("1s", "366d", off=True), "off", "Stop when idle for so long, counted from the end of the last request."),
+    _m("priority", whole(-100, 100), 0, "Who comes first where several wait."),
+    _m("aliases", access.ALIASES, [],
+       "Further names for requests: a list, or a table in which each can fill in, force or drop parameters: "
+       "`{ terse = { defaults = { max_tokens = 50 }, force = { temperature = 0 }, drop = [\"seed\"] } }`."),
+    _m("queue", whole(1, 100_000), 256, "So many requests may wait for it; who comes then is told to come later (429)."),
+    _m("concurrency", whole(1, 100_000), 1024, "So many requests are given to its engine at once; the others wait."),
+    _m("min_resident", duration("0s", "1d"), "60s", "Once used it stays for so long before it makes room."),
+    _m("max_wait", duration("0s", "1d"), "120s",
+       "The patience of who waits for it: after that even busy and just used ones have to make room."),
+    _m("max_drain", duration("0s", "1d"), "10m", "One that makes room may finish its requests for so long."),
     _m("swap", choice("stop", "sleep1", "sleep2"), "stop", "Making room: stop it, or vLLM's sleep level 1 or 2.",
        restarts=True, later="sleep comes with switching"),
     _m("replicas", names.REPLICAS, 1, "Instances of it: a number, or `{ min = 0, max = 2 }`.",
@@ -205,7 +232,9 @@ OPTIONS: Final = (
 
 SECTIONS: Final = {section: {o.key: o for o in OPTIONS if o.section is section} for section in Section}
 #: Keys at the top of the file: the sections, and [defaults], which takes the keys of a model.
-TOP: Final = (Section.DAEMON.value, Section.HTTP.value, Section.DEVICES.value, "defaults", Section.MODELS.value)
+TOP: Final = (
+    Section.DAEMON.value, Section.HTTP.value, Section.DEVICES.value, "defaults", Section.MODELS.value, Section.KEYS.value,
+)  # fmt: skip
 
 
 def default_of(option: Option) -> Any:

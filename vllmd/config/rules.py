@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from vllmd.config.draft import Draft
 from vllmd.config.kinds import Fault
+from vllmd.config.names import is_loopback
 from vllmd.config.options import RESTART, SECTIONS, Section, default_of
 from vllmd.config.problems import Key, nearest, quote, spell
 from vllmd.units import gib
@@ -37,6 +38,7 @@ def broken(draft: Draft, known: Known) -> Iterator[Fault]:
     yield from _missing(names, known)
     yield from _ports(draft, names)
     yield from _request_names(draft, names)
+    yield from _access(draft, names)
     yield from _sockets(draft, names, known.paths)
     for name in names:
         yield from _sizes(draft, name)
@@ -76,9 +78,34 @@ def _request_names(draft: Draft, names: list[str]) -> Iterator[Fault]:
     taken = {name: f"the name of {spell(('models', name))}" for name in names}
     for name in names:
         for alias in draft.of(name, "aliases") or ():
-            if alias in taken:
-                yield Fault(f"{quote(alias)} is {taken[alias]} already", "", draft.source(name, "aliases"))
-            taken.setdefault(alias, f"an alias of {spell(('models', name))}")
+            if alias.name in taken:
+                yield Fault(f"{quote(alias.name)} is {taken[alias.name]} already", "", draft.source(name, "aliases"))
+            taken.setdefault(alias.name, f"an alias of {spell(('models', name))}")
+
+
+def _access(draft: Draft, names: list[str]) -> Iterator[Fault]:
+    """Who may come in: nobody from elsewhere without a key."""
+    for at, (host, port) in enumerate(draft.http.get("listen", ())):
+        if not draft.keys and not is_loopback(host):
+            text = f"{host}:{port} is open to other machines, which needs an API key"
+            hint = f"`vllmctl key NAME` makes one; or listen on 127.0.0.1:{port}"
+            yield Fault(text, hint, ("http", "listen", at))
+    if ("tls_cert" in draft.http) != ("tls_key" in draft.http):
+        given, missing = ("tls_cert", "tls_key") if "tls_cert" in draft.http else ("tls_key", "tls_cert")
+        yield Fault(f"needs {missing} as well", "", ("http", given))
+    told = {fault.at for fault in draft.faults}
+    for key, table in draft.keys.items():
+        if "hash" not in table and ("keys", key, "hash") not in told and "\0" not in key:
+            yield Fault("needs the key hash", "`vllmctl key NAME` makes a key and prints the line", ("keys", key))
+        for name in table.get("models") or ():
+            if name not in names:
+                near = nearest(name, names)
+                hint = f"did you mean {near}?" if near else f"configured: {', '.join(names[:20]) or 'none'}"
+                yield Fault(f"no model is called {quote(name)}", hint, ("keys", key, "models"))
+    digests = [table["hash"] for table in draft.keys.values() if "hash" in table]
+    for key, table in draft.keys.items():
+        if digests.count(table.get("hash")) > 1:
+            yield Fault("is the hash of another key as well", "each needs its own", ("keys", key, "hash"))
 
 
 def _sizes(draft: Draft, name: str) -> Iterator[Fault]:

@@ -15,6 +15,7 @@ def schema() -> dict[str, Any]:
     models = _table(SECTIONS[Section.MODELS].values(), "One model.")
     defaults = _table(SECTIONS[Section.MODELS].values(), "What holds for every model that does not say otherwise.")
     devices = _table(SECTIONS[Section.DEVICES].values(), "Limits of one device.")
+    keys = {**_table(SECTIONS[Section.KEYS].values(), "One API key."), "required": ["hash"]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "vllmd.toml",
@@ -22,7 +23,7 @@ def schema() -> dict[str, Any]:
         "additionalProperties": False,
         "properties": {
             "daemon": _table(SECTIONS[Section.DAEMON].values(), "The daemon itself."),
-            "http": _table(SECTIONS[Section.HTTP].values(), "The status API over TCP."),
+            "http": _table(SECTIONS[Section.HTTP].values(), "The gateway and the status API over TCP."),
             "devices": {
                 "type": "object",
                 "description": 'By index, UUID or "cpu"; "*" is for all without an own table.',
@@ -30,6 +31,12 @@ def schema() -> dict[str, Any]:
                 "additionalProperties": False,
             },
             "defaults": defaults,
+            "keys": {
+                "type": "object",
+                "description": "API keys by name.",
+                "patternProperties": {f"^{MODEL_NAME.pattern}$": keys},
+                "additionalProperties": False,
+            },
             "models": {
                 "type": "object",
                 "description": "The models by name.",

@@ -9,10 +9,20 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Protocol
 
+from aiohttp import web
+
 from vllmd.events import Answer
+from vllmd.spec import ApiKey
 
 HIDDEN: Final = "(hidden)"  # in the place of what nobody must see
-TYPE_OF_STATUS: Final = {400: "invalid_request", 403: "forbidden", 404: "not_found", 408: "timeout", 409: "conflict"}
+TYPE_OF_STATUS: Final = {
+    400: "invalid_request",
+    401: "unauthorized",
+    403: "forbidden",
+    404: "not_found",
+    408: "timeout",
+    409: "conflict",
+}
 
 
 class Access(StrEnum):
@@ -39,6 +49,7 @@ class Caller:
     peer: str  # "unix", or the TCP peer's address
     uid: int | None = None
     pid: int | None = None
+    key: ApiKey | None = None  # that was shown over TCP
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +134,9 @@ class Backend(Protocol):
     async def act(self, verb: Verb, names: Sequence[str], now: bool, caller: Caller) -> Mapping[str, Answer]:
         """Ask it of configured models; one answer each. `now` skips the drain."""
 
+    async def lend(self, size: int, seconds: float, device: str | None, caller: Caller) -> Answer:
+        """Free `size` bytes of a device (None = where the least must go) for something else; 0 takes all back."""
+
     async def reload(self, dry_run: bool, caller: Caller) -> Answer:
         """Read the configuration again, or only say in `data` what that would do."""
 
@@ -139,3 +153,18 @@ class Backend(Protocol):
 
     def fault(self, ident: str, where: str, error: BaseException) -> None:
         """A handler raised what it should not have; the client was told `ident` only."""
+
+
+class Front(Protocol):
+    """What answers the requests of models' users, on paths of its own. Its answers are sent when it returns."""
+
+    def takes(self, path: str) -> bool:
+        """Whether a path is its own."""
+
+    async def answer(self, request: web.BaseRequest, key: ApiKey | None, origin: str) -> web.StreamResponse:
+        """Answer. `key`: who asks, None where none is needed; `origin`: a page that may read the answer, or ""."""
+
+    def refusal(
+        self, request: web.BaseRequest, status: int, code: str, message: str, hint: str, origin: str = ""
+    ) -> web.StreamResponse:
+        """Refuse, in the shape that its clients know."""

@@ -5,14 +5,16 @@ import errno
 import grp
 import os
 import socket
+import ssl
 import stat
 from pathlib import Path
 from typing import Any
 
 from vllmd.edge.tasks import in_thread
+from vllmd.spec import HttpSpec
 
 BIND_LIMIT = 10.0  # seconds that a name or a directory may take
-BACKLOG = 512  # the default of 128 makes the rest of a burst wait a second for its SYN to be sent again
+BACKLOG = 2048  # the default of 128 makes the rest of a burst wait a second for its SYN to be sent again
 
 Addresses = list[tuple[Any, Any, int, str, Any]]
 Inode = tuple[int, int]  # device and number
@@ -53,6 +55,23 @@ async def bind_tcp(host: str, port: int) -> list[socket.socket]:
             hint = f"ss -ltnp 'sport = :{port}' shows who has it; or {hint}"
         raise ListenError(f"cannot listen on {host}:{port}: {error.strerror or error} ({hint})") from None
     return made
+
+
+def make_tls(spec: HttpSpec) -> ssl.SSLContext | None:
+    """What TCP listeners need for TLS 1.2 and later; None without a certificate. Raises ListenError."""
+    if spec.tls_cert is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(spec.tls_cert, spec.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        named = f"{spec.tls_cert} and {spec.tls_key}"
+        why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise ListenError(
+            f"cannot use {named} for TLS: {why} (the key must be the certificate's, both in PEM)"
+        ) from None
+    return context
 
 
 async def bind_aside(path: Path, group: str) -> tuple[socket.socket, Inode]:

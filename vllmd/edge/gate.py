@@ -10,8 +10,6 @@ import asyncio
 import ipaddress
 import os
 import secrets
-import socket
-import struct
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
@@ -19,11 +17,13 @@ from urllib.parse import unquote, urlsplit
 
 from aiohttp import HttpVersion11, web
 
-from vllmd.edge.backend import Access, Backend, Caller, Refused
+from vllmd.edge.auth import REMEMBERED, Guard
+from vllmd.edge.backend import Access, Backend, Caller, Front, Refused
 from vllmd.edge.params import Body, read_object, read_params, read_text
 from vllmd.edge.route import Call, Route, reply
 from vllmd.edge.routes import LINES, ROUTES, SSE, check_name
 from vllmd.edge.stream import EventLog
+from vllmd.spec import HttpSpec, Scope
 
 HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "vllmd"}
 STREAMS: Final = frozenset({SSE, LINES})  # kinds of answers that may have no end
@@ -32,9 +32,10 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one client may cost. Times in seconds; `connections` on the socket and as many on TCP."""
+    """What one client may cost. Times in seconds; `connections` on the socket, `web_connections` on TCP."""
 
     connections: int = 500
+    web_connections: int = 4096
     request: float = 30.0  # until a request is complete; also how long a connection may idle
     patience: float = 30.0  # without taking anything of what it is sent
     grace: float = 0.3  # when the daemon ends: until a request that is on its way has come
@@ -42,16 +43,39 @@ class Limits:
 
 
 class Gate:
-    """The one handler of a listener. `names` are the hosts that Host may name; None on the unix socket."""
+    """The one handler of a listener. `names` are the hosts that Host may name; None on the unix socket. `front` answers what is
+    for models, and `origins` are pages that may ask it."""
 
-    def __init__(self, backend: Backend, events: EventLog, names: Collection[str] | None, limits: Limits) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        events: EventLog,
+        names: Collection[str] | None,
+        limits: Limits,
+        *,
+        guard: Guard | None = None,
+        front: Front | None = None,
+    ) -> None:
         self._backend = backend
         self._events = events
-        self._names = None if names is None else frozenset(map(str.lower, names))
+        self._own = None if names is None else frozenset(map(str.lower, names))
+        self._names = self._own
+        self._origins: frozenset[str] = frozenset()
+        self._known_hosts: set[str] = set()  # that were found good: the same few come again and again
         self._limits = limits
+        self._guard = guard or Guard(HttpSpec(), {})
+        self._front = front
+
+    def reconfigure(self, http: HttpSpec) -> None:
+        """What of a reloaded configuration concerns who may ask."""
+        self._origins = frozenset(http.origins)
+        self._names = None if self._own is None else self._own | frozenset(map(str.lower, http.hosts))
+        self._known_hosts = set()
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer. Raises nothing but CancelledError: aiohttp would log a traceback for each client that leaves."""
+        if self._front is not None and self._front.takes(request.path):
+            return await self._to_front(self._front, request)
         response: web.StreamResponse
         try:
             response = await self._answer(request)
@@ -70,13 +94,39 @@ class Gate:
             response = refuse(Refused(500, "internal", f"vllmd made an error ({ident})", hint, data={"id": ident}))
         return await self._deliver(request, response)
 
+    async def _to_front(self, front: Front, request: web.BaseRequest) -> web.StreamResponse:
+        """A request for a model. Its way is kept short: no task, no timer, no look at the status."""
+        origin = ""
+        try:
+            self._check_host(request)
+            if "Origin" in request.headers:
+                origin = self._check_origin(request, front=True)
+                if request.method == "OPTIONS":
+                    return await self._deliver(request, self._preflight(origin))
+            key = None if self._names is None else self._guard.key_of(request)
+            if key is not None and Scope.INFER not in key.scopes:
+                raise Refused(
+                    403, "no-scope", f'the key "{key.name}" is not for requests to models', 'scopes = ["infer"]'
+                )
+            if request.headers.get("Expect"):
+                await expect(request, body=request.method == "POST")
+        except Refused as refusal:
+            said = refusal.message, refusal.hint
+            return front.refusal(request, refusal.status, refusal.code, *said, origin)
+        except ConnectionError:
+            return cut(request)
+        return await front.answer(request, key, origin)
+
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         self._check_host(request)
+        self._check_origin(request, front=False)
         route, words = find(request)
-        caller = identify(request)
+        caller = Caller(Access.OPEN, "") if route.access is Access.OPEN else self._guard.caller(request)
         if route.access is Access.ADMIN and caller.access is not Access.ADMIN:
-            hint = "use vllmctl on this machine, or: curl --unix-socket SOCKET"
+            hint = 'use vllmctl on this machine, or a key with scopes = ["admin"]'
             raise Refused(403, "read-only", f"{request.method} {route.path} is not allowed over TCP", hint)
+        if route.access is Access.READ and caller.access is Access.OPEN:
+            raise Refused(403, "no-scope", f"this key may not ask for {route.path}", 'scopes = ["infer", "read"]')
         await expect(request, body=route.body is not Body.NONE)
         text = await read_text(request, self._limits.request) if route.body is not Body.NONE else ""
         body = read_object(text) if route.body is Body.JSON else {}
@@ -89,17 +139,42 @@ class Gate:
 
     def _check_host(self, request: web.BaseRequest) -> None:
         """Raise Refused unless the request is meant for us."""
+        if self._names is None:
+            return
         hosts = request.headers.getall("Host", [])
-        if self._names is not None:
-            if len(hosts) != 1:
-                raise Refused(400, "bad-host", "exactly one Host header is needed")
-            name = host_name(hosts[0])
-            if name not in self._names and not is_address(name):
-                hint = f"known names: {', '.join(sorted(self._names))}"
-                raise Refused(421, "bad-host", f'this is not "{hosts[0][:200]}"', hint)
+        if len(hosts) == 1 and hosts[0] in self._known_hosts:
+            return
+        if len(hosts) != 1:
+            raise Refused(400, "bad-host", "exactly one Host header is needed")
+        name = host_name(hosts[0])
+        if name not in self._names and not is_address(name):
+            hint = f"known names: {', '.join(sorted(self._names))}; add yours to [http] hosts"
+            raise Refused(421, "bad-host", f'this is not "{hosts[0][:200]}"', hint)
+        if len(self._known_hosts) < REMEMBERED:
+            self._known_hosts.add(hosts[0])
+
+    def _check_origin(self, request: web.BaseRequest, *, front: bool) -> str:
+        """The page that may read the answer, "" for our own. Raises Refused for a page that must not ask."""
         origins = request.headers.getall("Origin", [])
-        if origins and request.method not in ("GET", "HEAD") and [origin_host(o) for o in origins] != hosts[:1]:
-            raise Refused(403, "bad-origin", "a page of another site must not ask this")
+        if not origins or (not front and request.method in ("GET", "HEAD")):
+            return ""
+        if len(origins) == 1 and origins[0] in self._origins:
+            return origins[0]
+        if [origin_host(origin) for origin in origins] == request.headers.getall("Host", [])[:1]:
+            return ""
+        hint = f'[http] origins = ["{origins[0][:100]}"] would let it' if front else ""
+        raise Refused(403, "bad-origin", "a page of another site must not ask this", hint)
+
+    def _preflight(self, origin: str) -> web.Response:
+        """What a page may send, told to its browser before it does."""
+        allowed = {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Allow-Methods": "GET, POST",
+            "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Api-Key, X-Request-Id, Anthropic-Version",
+            "Access-Control-Max-Age": "600",
+            "Vary": "Origin",
+        }
+        return web.Response(status=204, headers=allowed if origin else {})
 
     async def _deliver(self, request: web.BaseRequest, response: web.StreamResponse) -> web.StreamResponse:
         """Send it here and not in aiohttp, which would wait for ever for a client that does not read."""
@@ -141,19 +216,6 @@ def cut(request: web.BaseRequest) -> web.Response:
     if request.transport is not None:
         request.transport.abort()
     return web.Response()
-
-
-def identify(request: web.BaseRequest) -> Caller:
-    """Who is on the other end. Raises ConnectionError when nobody is, any more."""
-    transport = request.transport
-    peer = None if transport is None else transport.get_extra_info("socket")
-    if peer is None:
-        raise ConnectionResetError("the client is gone")
-    if peer.family != socket.AF_UNIX:
-        return Caller(Access.READ, str(request.remote or ""))
-    pid, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    # Only root, our own user and group vllmd get through the socket file's mode.
-    return Caller(Access.ADMIN, "unix", uid, pid)
 
 
 def host_name(host: str) -> str:

@@ -10,20 +10,22 @@ import asyncio
 import fcntl
 import logging
 import socket
+import ssl
 import struct
 import termios
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from vllmd.edge.backend import Backend, Refused
-from vllmd.edge.bind import BACKLOG, bind_aside, bind_tcp, unlink
+from vllmd.edge.auth import Guard
+from vllmd.edge.backend import Backend, Front, Refused
+from vllmd.edge.bind import BACKLOG, bind_aside, bind_tcp, make_tls, unlink
 from vllmd.edge.bind import ListenError as ListenError  # what `open` raises
 from vllmd.edge.gate import Gate, Limits, own_names, refuse
 from vllmd.edge.stream import EventLog, encode
-from vllmd.spec import HttpSpec
+from vllmd.spec import ApiKey, HttpSpec
 
 log = logging.getLogger("vllmd.http")
 
@@ -99,8 +101,11 @@ class Listeners:
         group: str = "vllmd",
         given: Sequence[socket.socket] = (),
         tcp: Sequence[socket.socket] = (),
+        front: Front | None = None,
+        keys: Mapping[str, ApiKey] | None = None,
     ) -> None:
-        """Listen on the unix socket `path` (None = not) and on `spec.listen`. `group`, if it exists, may use it.
+        """Listen on the unix socket `path` (None = not) and on `spec.listen`. `group`, if it exists, may use it. `front`
+        answers what is for models, over TCP to who has one of the `keys` or comes from this machine.
 
         Sockets that systemd holds (`given` for control, `tcp`) are served instead, and stay when we go.
         """
@@ -115,6 +120,10 @@ class Listeners:
         self._control: list[socket.socket] = []
         self._web: list[socket.socket] = []
         self._bound = False
+        self._front = front
+        self._guard = Guard(spec, keys or {})
+        self._gates: list[Gate] = []
+        self._tls: ssl.SSLContext | None = None
         self._servers: list[web.Server] = []
         self._open: list[asyncio.Server] = []
 
@@ -132,6 +141,7 @@ class Listeners:
     async def open(self) -> None:
         """Take all addresses, or none: raises ListenError. Who connects from now on waits until `start`."""
         self._bound = True
+        self._tls = make_tls(self._spec)
         try:
             self._control, self._web = list(self._given), list(self._tcp)
             if self._path is not None and not self._given:
@@ -150,26 +160,46 @@ class Listeners:
         loop = asyncio.get_running_loop()
         try:
             if self._control:
-                factory = self._factory(Gate(self._backend, self._events, None, self._limits))
+                factory = self._factory(None, self._limits.connections)
                 while self._control:
                     server = await loop.create_unix_server(factory, sock=self._control[0], backlog=BACKLOG)
                     self._open.append(server)
                     del self._control[0]
             if self._web:
                 names = own_names([host for host, _ in self._spec.listen])
-                factory = self._factory(Gate(self._backend, self._events, names, self._limits))
+                factory = self._factory(names, self._limits.web_connections)
                 while self._web:
-                    self._open.append(await loop.create_server(factory, sock=self._web[0], backlog=BACKLOG))
+                    server = await loop.create_server(factory, sock=self._web[0], backlog=BACKLOG, ssl=self._tls)
+                    self._open.append(server)
                     del self._web[0]
         except BaseException:
             await self.stop()
             raise
 
-    def _factory(self, gate: Gate) -> "Factory":
+    def _factory(self, names: frozenset[str] | None, most: int) -> "Factory":
+        gate = Gate(self._backend, self._events, names, self._limits, guard=self._guard, front=self._front)
+        gate.reconfigure(self._spec)
+        self._gates.append(gate)
         # A client that leaves takes its handler with it: without this a stream to nobody would go on for ever.
         server = web.Server(gate, handler_cancellation=True)
         self._servers.append(server)
-        return Factory(server, self._limits)
+        return Factory(server, self._limits, most)
+
+    def reconfigure(self, spec: HttpSpec, keys: Mapping[str, ApiKey]) -> str:
+        """A reloaded configuration: keys, names and origins, and the certificate read again, for who connects from now on. What
+        is wrong with the certificate, which is then as before, else ""."""
+        self._spec = spec
+        self._guard.reconfigure(spec, keys)
+        for gate in self._gates:
+            gate.reconfigure(spec)
+        if self._tls is None or spec.tls_cert is None:
+            return ""
+        try:
+            make_tls(spec)  # a trial: half a certificate in the one that is in use would be worse than the old one
+            self._tls.load_cert_chain(spec.tls_cert, spec.tls_key)
+        except (ListenError, OSError) as error:
+            return f"{error}; the old certificate stays"
+        return ""
 
     async def stop(self) -> None:
         """Close all within a second: streams get their `bye`, requests in progress a moment, the socket file goes. Who has
@@ -230,13 +260,14 @@ def unread(transport: asyncio.BaseTransport) -> bool:
 class Factory:
     """Makes what serves a new connection."""
 
-    def __init__(self, server: web.Server, limits: Limits) -> None:
+    def __init__(self, server: web.Server, limits: Limits, most: int) -> None:
         self._server = server
         self._limits = limits
+        self._most = most
 
     def __call__(self) -> asyncio.Protocol:
         """A connection, or the refusal of one."""
-        if len(self._server.connections) >= self._limits.connections:
+        if len(self._server.connections) >= self._most:
             return Full()
         return Connection(
             self._server,

@@ -226,6 +226,20 @@ async def reload(call: Call) -> web.StreamResponse:
     return reply({"status": answer.status, "message": answer.message, "data": answer.data}, answer.status)
 
 
+async def lend(call: Call) -> web.StreamResponse:
+    size, seconds = call.args["size"], call.args["for"]
+    if size is None or size < 0 or (size > 0 and seconds is None):
+        raise Refused(
+            400, "bad-parameter", "how much, and for how long?", 'give "size" (bytes; 0 = take all back) and "for"'
+        )
+    call.backend.changed(call.caller, f"lend of {size} bytes", ())
+    async with asyncio.timeout(ANSWER_WITHIN):
+        answer = await call.backend.lend(size, seconds or 0.0, call.args["device"], call.caller)
+    if answer.status >= 400:
+        raise Refused(answer.status, answer.kind or "no-room", answer.message, remedies=answer.remedies)
+    return reply({"status": answer.status, "message": answer.message, "data": answer.data}, answer.status)
+
+
 # -- the table --------------------------------------------------------------------------------------------------------
 
 MODEL = "/api/v1/models/{name}"
@@ -245,6 +259,11 @@ LOG = (
     Param("failed", Kind.FLAG, "of the last failed start", False),
     Param("previous", Kind.FLAG, "of the start before this one", False),
     Param("follow", Kind.FLAG, "go on with what comes, as server-sent events", False),
+)
+LOAN = (
+    Param("size", Kind.INTEGER, "bytes; 0 takes all back"),
+    Param("for", Kind.DURATION, "for so long"),
+    Param("device", Kind.STRING, "its index or UUID; the one where the least must go"),
 )
 SSE, LINES, TEXT = "text/event-stream", "application/x-ndjson", "text/plain"
 OPEN, READ, ADMIN = Access.OPEN, Access.READ, Access.ADMIN
@@ -267,6 +286,8 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/api/v1/events", READ, events, SSE, "What happens, live and resumable", (AFTER, FOLLOW)),
     Route("POST", "/api/v1/reload", ADMIN, reload, "ReloadAnswer", "Read the configuration again",
           (Param("dry_run", Kind.FLAG, "only say what it would do", False),), Body.JSON),
+    Route("POST", "/api/v1/lend", ADMIN, lend, "ReloadAnswer", "Free memory for something else, for some time", LOAN,
+          Body.JSON),
     Route("POST", "/api/v1/validate", ADMIN, validate, "Validation", "Check a configuration", (), Body.TOML),
     Route("GET", "/api/v1/schema", READ, schema, "Schema", "JSON schema of the configuration"),
     Route("GET", "/api/v1/openapi.json", OPEN, openapi, "OpenAPI", "This description"),

@@ -38,6 +38,9 @@ used            bytes           in use by everybody
 external        bytes           in use by processes that are not vllmd's
 external_processes Holder[]     the largest of them
 free            bytes           what a model could still reserve now
+lent            bytes           lent to something else (`vllmctl lend`)
+lent_missing    bytes           of that not free yet
+lent_for_s      seconds?        until the last loan ends; null = nothing is lent
 silent_s        seconds         since the last reading; more than some seconds = the driver does not answer
 """,
     "Holder": """
@@ -52,6 +55,8 @@ category        string[]        as configured
 state           string          stopped, waiting, starting, ready, draining, stopping, backoff or failed
 wanted          boolean         somebody wants it up
 autostart       boolean         as configured
+pinned          boolean         as configured: never makes room for others
+on_demand       boolean         as configured: a request starts it
 phase           string?         part of the start: import, download, load, measure, compile, graphs, http
 progress        number?         share of the phase, 0 to 1
 overall         number?         share of the whole start by past starts, 0 to 1; never falls, 1 only when ready
@@ -77,6 +82,11 @@ uptime_s        seconds?        since it became ready
 requests_running integer        in the engine
 requests_waiting integer        in the engine's queue
 tokens_per_s    number          generated, mean of the last looks
+requests_in_line integer        requests that wait for it in the gateway
+line_since_s    seconds?        since the oldest of them came; null = none waits
+idle_s          seconds?        ready and unused for so long; null = in use, or not ready
+unloads_in_s    seconds?        until it is stopped for being idle (ttl)
+makes_room_for  string?         the model that it empties and ends for
 waits_for       string[]        the models that a waiting one waits for
 why             Why?            why it is not as wanted, or what to know about it; null = all is well
 """,
