@@ -48,6 +48,7 @@ class Vllmd(Remote):
             "restart": {"backoff": "100ms", "backoff_max": "200ms"},
         }  # fmt: skip
         self.models: dict[str, Model] = {}
+        self.keys: dict[str, Model] = {}
         self.environment = {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(folder), "VLLMD_NVML": "none"}
         self.command: Sequence[str | Path] = (sys.executable, "-m", "vllmd")
         self.exit_code = 0  # that of a daemon which the fixture ends
@@ -70,6 +71,7 @@ class Vllmd(Remote):
         """The configuration as it stands, to its file."""
         parts = [table("daemon", self.daemon), table("http", self.http), table('devices."*"', self.devices)]
         parts += [table("defaults", self.defaults), *(table(f"models.{n}", keys) for n, keys in self.models.items())]
+        parts += [table(f"keys.{name}", keys) for name, keys in self.keys.items()]
         self.config.write_text("\n".join(parts))
 
     def spawn(self) -> "subprocess.Popen[bytes]":

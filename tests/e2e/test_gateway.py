@@ -43,7 +43,8 @@ def client(daemon: Daemon) -> Iterator[openai.OpenAI]:
 
 def states(client: openai.OpenAI) -> dict[str, str]:
     """What GET /v1/models says of each model."""
-    return {model.id: str(model.model_dump()["status"]) for model in client.models.list()}
+    rows = [model.model_dump() for model in client.models.list()]
+    return {row["id"]: str(row["status"]) for row in rows if "alias_of" not in row}
 
 
 def test_models_are_listed_before_anything_is_up(client: openai.OpenAI) -> None:
