@@ -39,6 +39,9 @@ class Verb(StrEnum):
     START = "start"
     STOP = "stop"
     RESTART = "restart"
+    SLEEP = "sleep"
+    WAKE = "wake"
+    SWAP_TEST = "swap-test"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,14 @@ class Tallies:
     start_seconds: Mapping[tuple[str, str], float] = field(default_factory=dict)  # (model, phase | "total") -> seconds
     hangs: Mapping[str, int] = field(default_factory=dict)  # model -> times
     overruns: Mapping[str, int] = field(default_factory=dict)  # model -> times
+    swaps: Mapping[tuple[str, str], int] = field(default_factory=dict)  # (model that made room, for which) -> times
+    idle_stops: Mapping[str, int] = field(default_factory=dict)  # model -> times
+    answers: Mapping[tuple[str, str], int] = field(default_factory=dict)  # (model, "2xx") -> requests answered by it
+    refusals: Mapping[tuple[str, str], int] = field(default_factory=dict)  # (HTTP status, code) -> requests refused
+    retries: Mapping[str, int] = field(default_factory=dict)  # model -> requests asked anew when its engine died
+    waits: Mapping[str, int] = field(default_factory=dict)  # model -> requests that stood in line
+    wait_seconds: Mapping[str, float] = field(default_factory=dict)  # model -> how long, in all
+    held_bytes: int = 0  # of requests in the gateway now
 
 
 @dataclass(slots=True)

@@ -86,13 +86,21 @@ def parts(body: bytes, boundary: bytes) -> Iterator[tuple[str, int, int]]:
         if body[at : at + 2] != b"\r\n":
             raise Trouble(400, "invalid_multipart", "a boundary of the body is not followed by a line")
         head_end = body.find(b"\r\n\r\n", at)
-        end = body.find(b"\r\n" + mark, at)
+        end = _delimiter(body, b"\r\n" + mark, at)
         if head_end < 0 or end < 0 or head_end > end or head_end - at > VALUE_MAX:
             raise Trouble(400, "invalid_multipart", "a part of the body has no end")
         name = _NAME.search(body[at : head_end + 2])
         yield (name[1].decode("utf-8", "replace") if name else ""), head_end + 4, end
         at = end + 2 + len(mark)
     raise Trouble(400, "invalid_multipart", f"the body has more than {PARTS_MAX} parts")
+
+
+def _delimiter(body: bytes, mark: bytes, start: int) -> int:
+    """Where the next delimiter begins, -1 for nowhere. What only begins like one is content, as it is to vLLM's parser."""
+    at = body.find(mark, start)
+    while at >= 0 and body[at + len(mark) : at + len(mark) + 2] not in (b"\r\n", b"--"):
+        at = body.find(mark, at + 1)
+    return at
 
 
 def rewrite(form: Form, body: bytes, content_type: str, name: str, alias: Alias) -> bytes:
