@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import bench_core, bench_crash, bench_ctl, bench_daemon, bench_preflight, bench_start
+from tests.bench import bench_core, bench_crash, bench_ctl, bench_daemon, bench_gateway, bench_preflight, bench_start
 from tests.bench.figures import Figure, as_json, machine, table
+from tests.bench.peers import DIRECT, KINDS, ROUTER, VLLMD
 from tests.bench.stage import compile_modules
 
 Bench = Callable[[argparse.Namespace], list[Figure]]
@@ -18,8 +19,10 @@ BENCHES: dict[str, Bench] = {
     "ctl": lambda given: bench_ctl.run(given.runs),
     "preflight": lambda given: bench_preflight.run(3),
     "crash": lambda given: bench_crash.run(given.rounds),
+    "gateway": lambda given: bench_gateway.run(given.peers, quick=given.quick),
     "start": lambda given: bench_start.run(given.pairs),
 }
+PEERS = (DIRECT, ROUTER, VLLMD)
 
 
 def main() -> None:
@@ -33,6 +36,11 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=30, help="crashes of each kind (default 30)")
     parser.add_argument("--seconds", type=float, default=60.0, help="of idling (default 60)")
+    parser.add_argument("--quick", action="store_true", help="gateway: one short round instead of three")
+    parser.add_argument(
+        "--peers", nargs="+", choices=KINDS, default=PEERS, metavar="PEER",
+        help=f"gateway: who is measured, of {', '.join(KINDS)} (default: {', '.join(PEERS)})",
+    )  # fmt: skip
     given = parser.parse_args()
     if unknown := set(given.names) - set(BENCHES):
         parser.error(f"cannot run {', '.join(sorted(unknown))}: there are {', '.join(BENCHES)}")
