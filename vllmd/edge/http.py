@@ -33,6 +33,7 @@ FULL = (
     "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\nRetry-After: 5\r\n\r\n"
     + encode(Refused(503, "full", "there are too many connections", "try again in some seconds").body())
 ).encode()
+READ_AHEAD = 1 << 20  # bytes of a body that are taken from the kernel before somebody reads them
 ACCEPTED = 5  # turns of the loop until what it has accepted is a connection
 HEAR_EVERY = 0.005  # seconds
 
@@ -132,6 +133,12 @@ class Listeners:
         """(host, port) of each TCP listener that is open."""
         names = [s.getsockname() for server in self._open for s in server.sockets if s.family != socket.AF_UNIX]
         return [(name[0], name[1]) for name in names]
+
+    @property
+    def urls(self) -> list[str]:
+        """Where the gateway and the API are, as a client on this machine writes it."""
+        scheme = "http" if self._tls is None else "https"
+        return [f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}" for host, port in self.addresses]
 
     @property
     def connections(self) -> int:
@@ -274,6 +281,7 @@ class Factory:
             loop=asyncio.get_running_loop(),
             keepalive_timeout=self._limits.request,
             lingering_time=1.0,
+            read_bufsize=READ_AHEAD,
             auto_decompress=False,  # nobody sends a compressed body but who means harm
             access_log=None,  # documented as "no access log"
         )

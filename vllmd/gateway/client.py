@@ -31,10 +31,11 @@ class Sent(web.StreamResponse):
 class Client:
     """Who asked, and what has been told. `ident` is the request's id, `origin` a page that may read the answer, or ""."""
 
-    __slots__ = ("_chunked", "_keep", "_request", "_tail", "begun", "ident")
+    __slots__ = ("_chunked", "_keep", "_protocol", "_request", "_tail", "begun", "ident")
 
     def __init__(self, request: web.BaseRequest, ident: str, origin: str) -> None:
         self._request = request
+        self._protocol = request.protocol
         self.ident = ident
         self.begun = False  # the head of an answer is out
         self._chunked = request.version >= HttpVersion11
@@ -79,11 +80,12 @@ class Client:
     def write(self, data: bytes) -> bool:
         """A piece of an answer that was begun; False when no more should be written until `drain`. Of a client that is gone
         nothing is heard here: its request is cancelled."""
-        transport = self._request.transport
+        protocol = self._protocol
+        transport = protocol.transport
         if transport is None or not data:
             return True
         transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
-        return not self._request.protocol.writing_paused
+        return not protocol.writing_paused
 
     async def drain(self) -> None:
         """Wait until the client has taken some of it. Raises ConnectionResetError when it takes nothing for PATIENCE."""

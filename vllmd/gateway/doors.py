@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from vllmd.events import Event, Open, Refuse, Shut, Used, Wanted
 from vllmd.gateway.errors import Trouble
 from vllmd.gateway.line import Line, Place
-from vllmd.gateway.upstream import Pool
+from vllmd.gateway.pool import Pool
 from vllmd.spec import ModelSpec
 
 TELL_EVERY = 0.5  # seconds between news of use that nobody waits for

@@ -93,13 +93,13 @@ class Carrier:
 
     async def _hand_on(self, errand: Errand, client: Client, exchange: Exchange) -> None:
         """The engine's answer to the client."""
-        kind = exchange.header(b"content-type") or JSON
+        kind = exchange.kind or JSON
         counted = self._intake.counted
         counted.answers[errand.entry.spec.name, f"{exchange.status // 100}xx"] += 1
         if exchange.whole:
             body = exchange.take()
             if not client.begun:
-                client.whole(exchange.status, kind, body, _more(exchange))
+                client.whole(exchange.status, kind, body, exchange.more)
                 return
             if exchange.status < 400 and kind.startswith(b"text/event-stream"):
                 client.write(body)
@@ -111,7 +111,7 @@ class Carrier:
             exchange.abort()
             raise Trouble(exchange.status, "engine_error", "the engine refused the request")
         if not client.begun:
-            client.begin(exchange.status, kind, _more(exchange))
+            client.begin(exchange.status, kind, exchange.more)
         try:
             await exchange.pour(client.write, client.drain)
         except EngineGone as gone:
@@ -134,15 +134,6 @@ class Carrier:
             text += f"; {name} is {outlook.state}" + (f": {outlook.text}" if outlook.text else "")
         after = outlook.eta
         return Trouble(502, "engine_lost", text, f"try again in {span(after)}" if after else "try again", after)
-
-
-def _more(exchange: Exchange) -> bytes:
-    """Header lines of an engine that mean something to a client."""
-    return b"".join(
-        b"%b: %b\r\n" % (name.title(), value)
-        for name, value in exchange.headers
-        if name in (b"retry-after", b"content-disposition")
-    )
 
 
 def _as_trouble(exchange: Exchange, body: bytes) -> Trouble:

@@ -1,10 +1,11 @@
 """The gateway as the daemon and its listener see it: one endpoint for all models."""
 
 import asyncio
+import itertools
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -35,6 +36,10 @@ _OURS: Final = frozenset(
 )  # fmt: skip
 _FORWARDED: Final = b"x-forwarded-"
 HEADERS_MAX: Final = 64  # of a client's that are handed on
+REMEMBERED: Final = 256  # sets of headers of which is known what is handed on
+_RUN: Final = secrets.token_hex(8)  # ids of this run are no other's
+_NUMBERS: Final = itertools.count(1)
+_kept: dict[tuple[tuple[bytes, bytes], ...], bytes] = {}
 
 Fault = Callable[[str, str, BaseException], None]
 Rows = Callable[[], Sequence[Mapping[str, Any]]]
@@ -201,8 +206,10 @@ class Gateway:
 
 def _ident(request: web.BaseRequest) -> str:
     """The client's own id of the request where it is sane, else a new one."""
-    given = request.headers.get("X-Request-Id", "")
-    return given if given and _IDENT.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+    given = request.headers.get("X-Request-Id")
+    if given is not None and _IDENT.fullmatch(given):
+        return given
+    return f"req-{_RUN}{next(_NUMBERS):x}"
 
 
 def _dialect(request: web.BaseRequest) -> Dialect:
@@ -218,18 +225,28 @@ def _patient(request: web.BaseRequest) -> bool:
 
 def _head(request: web.BaseRequest, place: Place, ident: str, length: int) -> bytes:
     """The head of the request as the engine gets it: our path, our length, and what of the client's concerns it."""
-    query = request.query_string
-    if query and not _QUERY.fullmatch(request.rel_url.raw_query_string):
-        raise Trouble(400, "invalid_query", "the query has characters that do not belong there")
-    target = f"{place.path}?{request.rel_url.raw_query_string}" if query else place.path
-    lines = [
-        f"POST {target} HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: {ident}\r\nContent-Length: {length}\r\n".encode()
-    ]
-    named = request.headers.get("Connection", "").lower()
-    for name, value in request.raw_headers[:HEADERS_MAX]:
+    target = place.path
+    if query := request.rel_url.raw_query_string:
+        if not _QUERY.fullmatch(query):
+            raise Trouble(400, "invalid_query", "the query has characters that do not belong there")
+        target += "?" + query
+    raw = request.raw_headers
+    kept = _kept.get(raw)
+    if kept is None:
+        kept = _handed_on(raw, request.headers.get("Connection", "").lower())
+        if len(_kept) >= REMEMBERED:
+            _kept.clear()
+        _kept[raw] = kept
+    line = f"POST {target} HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: {ident}\r\nContent-Length: {length}\r\n"
+    return line.encode() + kept
+
+
+def _handed_on(raw: Iterable[tuple[bytes, bytes]], connection: str) -> bytes:
+    """What of a client's headers the engine gets, and the end of the head."""
+    lines = []
+    for name, value in itertools.islice(raw, HEADERS_MAX):
         low = name.lower()
-        if low in _OURS or low.startswith(_FORWARDED) or (named and low.decode("latin-1") in named):
+        if low in _OURS or low.startswith(_FORWARDED) or (connection and low.decode("latin-1") in connection):
             continue
         lines.append(b"%b: %b\r\n" % (name, value))
-    lines.append(b"\r\n")
-    return b"".join(lines)
+    return b"".join(lines) + b"\r\n"

@@ -1,4 +1,4 @@
-"""The way to an engine: a pool of HTTP/1.1 connections to one endpoint, and an exchange on each.
+"""A connection to an engine, HTTP/1.1 on httptools, and the exchanges on it, one at a time.
 
 An exchange wakes whoever waits for it once: when a small answer is all there, or when the head of a large or endless one is.
 From then on bytes go to a sink as they come, with no task in between. What is sent is always framed anew with our own length,
@@ -6,19 +6,15 @@ so that nothing a client wrote can be taken for the beginning of another request
 """
 
 import asyncio
-import contextlib
-from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Final
-from urllib.parse import urlsplit
+from typing import Final, Protocol
 
 import httptools
 
 SMALL: Final = 256 << 10  # bytes of an answer that is waited for as a whole
-IDLE_MAX: Final = 3.0  # seconds that a connection is kept: vLLM's server closes its own after 5
-KEPT: Final = 1024  # idle connections
-CONNECT_LIMIT: Final = 10.0  # seconds
 HEADERS_MAX: Final = 64 << 10  # bytes
+SLICE: Final = 1 << 17  # bytes of a large body that are written at once
+HANDED_ON: Final = frozenset({b"retry-after", b"content-disposition"})
 
 
 class EngineGone(Exception):
@@ -30,14 +26,19 @@ class EngineGone(Exception):
 
 
 class Exchange:
-    """One request and its answer. `status` and `headers` (names in lower case) are there once `ready` has resolved."""
+    """One request and its answer. `status`, `kind` (its content type) and `more` (header lines that mean something to a client)
+    are there once `ready` has resolved."""
 
-    __slots__ = ("complete", "connection", "error", "full", "headers", "pieces", "ready", "sink", "status", "whole")
+    __slots__ = (
+        "complete", "connection", "error", "full", "kind", "length", "more", "pieces", "ready", "sink", "status", "whole",
+    )  # fmt: skip
 
     def __init__(self, connection: "Connection", loop: asyncio.AbstractEventLoop) -> None:
         self.connection: Connection = connection
         self.status = 0
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.kind = b""
+        self.length = b""
+        self.more = b""
         self.pieces: list[bytes] = []
         self.whole = False  # the answer is small and came as a whole
         self.complete = False
@@ -45,10 +46,6 @@ class Exchange:
         self.ready: asyncio.Future[None] = loop.create_future()
         self.sink: Callable[[bytes], bool] | None = None  # takes bytes; False = full, stop reading
         self.full: asyncio.Future[None] | None = None
-
-    def header(self, name: bytes) -> bytes:
-        """The value of a header, b"" without one."""
-        return next((value for key, value in self.headers if key == name), b"")
 
     def take(self) -> bytes:
         """What has come of the body and was not taken yet."""
@@ -85,10 +82,20 @@ class Exchange:
             self.connection.close()
 
 
+class Owner(Protocol):
+    """Whose the connections are."""
+
+    def give_back(self, connection: "Connection") -> None:
+        """An exchange is over and the connection still good."""
+
+    def forget(self, connection: "Connection") -> None:
+        """The connection is no more."""
+
+
 class Connection(asyncio.Protocol):
     """One connection to an engine, with at most one exchange at a time."""
 
-    def __init__(self, pool: "Pool", loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, pool: "Owner", loop: asyncio.AbstractEventLoop) -> None:
         self.pool, self.loop = pool, loop
         self.transport: asyncio.Transport | None = None
         self.exchange: Exchange | None = None
@@ -99,6 +106,8 @@ class Connection(asyncio.Protocol):
         self._framed = False
         self._head = 0
         self._paused = False
+        self._full = False  # the engine takes no more at the moment
+        self._rest: memoryview = memoryview(b"")  # of a body, to be sent
 
     # -- what the pool asks
 
@@ -107,13 +116,20 @@ class Connection(asyncio.Protocol):
         assert self.transport is not None
         self.exchange = exchange = Exchange(self, self.loop)
         self.used += 1
-        self._head = 0
-        if len(body) < 1 << 16:
+        self._head, self._framed = 0, False
+        if len(body) < SLICE:
             self.transport.write(head + body)
         else:
+            self._rest = memoryview(body)
             self.transport.write(head)
-            self.transport.write(body)
+            self._send_on()
         return exchange
+
+    def _send_on(self) -> None:
+        """A large body slice by slice, as the engine takes it: asyncio moves all that it holds with each part it sends."""
+        while self._rest and not self._full and self.transport is not None:
+            piece, self._rest = self._rest[:SLICE], self._rest[SLICE:]
+            self.transport.write(piece)
 
     def close(self) -> None:
         """End it now; an exchange that is not complete is cut."""
@@ -135,6 +151,13 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+
+    def pause_writing(self) -> None:
+        self._full = True
+
+    def resume_writing(self) -> None:
+        self._full = False
+        self._send_on()
 
     def data_received(self, data: bytes) -> None:
         exchange = self.exchange
@@ -166,6 +189,7 @@ class Connection(asyncio.Protocol):
             self._fail(f"the connection broke{f' ({exc})' if exc else ''}")
 
     def _fail(self, why: str) -> None:
+        self._rest = memoryview(b"")
         exchange, self.exchange = self.exchange, None
         if exchange is not None:
             exchange.error = EngineGone(why, begun=exchange.status > 0)
@@ -177,6 +201,8 @@ class Connection(asyncio.Protocol):
 
     def _finish(self, exchange: Exchange) -> None:
         self.exchange = None
+        if self._rest:  # answered before it had all: what it has not read must not be taken for a request
+            self._rest, self._keep = memoryview(b""), False
         if not exchange.ready.done():
             exchange.whole = True
             exchange.ready.set_result(None)
@@ -191,9 +217,19 @@ class Connection(asyncio.Protocol):
     # -- httptools
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        exchange = self.exchange
         self._head += len(name) + len(value)
-        if self.exchange is not None and self._head <= HEADERS_MAX:
-            self.exchange.headers.append((name.lower(), value))
+        if exchange is None or self._head > HEADERS_MAX:
+            return
+        low = name.lower()
+        if low == b"content-type":
+            exchange.kind = value
+        elif low == b"content-length":
+            exchange.length = value
+        elif low == b"transfer-encoding":
+            self._framed = value.lower() == b"chunked"
+        elif low in HANDED_ON:
+            exchange.more += b"%b: %b\r\n" % (name, value)
 
     def on_headers_complete(self) -> None:
         exchange = self.exchange
@@ -201,15 +237,14 @@ class Connection(asyncio.Protocol):
             return
         status = self._parser.get_status_code()
         if status < 200:  # 100 Continue and its like come before the answer
-            exchange.headers.clear()
+            exchange.kind = exchange.length = exchange.more = b""
             return
         exchange.status = status
         self._keep = self._parser.should_keep_alive()
-        length = exchange.header(b"content-length")
-        chunked = exchange.header(b"transfer-encoding").lower() == b"chunked"
-        self._framed = chunked or bool(length)
-        endless = exchange.header(b"content-type").startswith(b"text/event-stream")
-        if endless or not length.isdigit() or int(length) > SMALL:
+        length = exchange.length
+        if length:
+            self._framed = True
+        if not length.isdigit() or int(length) > SMALL or exchange.kind.startswith(b"text/event-stream"):
             exchange.ready.set_result(None)
 
     def on_body(self, body: bytes) -> None:
@@ -219,83 +254,3 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self.exchange is not None and self.exchange.status:
             self.exchange.complete = True
-
-
-class Pool:
-    """Connections to one engine's endpoint ("http://127.0.0.1:8000" or "unix:/path")."""
-
-    def __init__(self, endpoint: str, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._path = endpoint.removeprefix("unix:") if endpoint.startswith("unix:") else None
-        address = urlsplit(endpoint)
-        self._host, self._port = address.hostname or "", address.port or 0
-        self._idle: deque[Connection] = deque()
-        self._closed = False
-
-    async def ask(self, head: bytes, body: bytes) -> Exchange:
-        """Send a request; returns when its answer is there, or its head. Raises EngineGone. A connection that the engine closed
-        while it was idle is no death of the engine: the request goes out on a new one."""
-        connection = self._reuse()
-        if connection is not None:
-            exchange = connection.begin(head, body)
-            try:
-                await _arrive(exchange)
-                return exchange
-            except EngineGone as gone:
-                if gone.begun or connection.used < 2:
-                    raise
-        exchange = (await self._connect()).begin(head, body)
-        await _arrive(exchange)
-        return exchange
-
-    def _reuse(self) -> Connection | None:
-        oldest = self._loop.time() - IDLE_MAX
-        while self._idle:
-            connection = self._idle.pop()  # the last that was used: the others may go idle
-            transport = connection.transport
-            if connection.idle_since >= oldest and transport is not None and not transport.is_closing():
-                return connection
-            connection.close()
-        return None
-
-    async def _connect(self) -> Connection:
-        try:
-            async with asyncio.timeout(CONNECT_LIMIT):
-                if self._path is not None:
-                    _, made = await self._loop.create_unix_connection(lambda: Connection(self, self._loop), self._path)
-                else:
-                    _, made = await self._loop.create_connection(
-                        lambda: Connection(self, self._loop), self._host, self._port
-                    )
-        except (OSError, TimeoutError) as error:
-            raise EngineGone(f"cannot be reached ({error or 'no answer'})", begun=False) from None
-        return made
-
-    def give_back(self, connection: Connection) -> None:
-        """An exchange is over and the connection still good."""
-        if self._closed or len(self._idle) >= KEPT:
-            connection.close()
-            return
-        connection.idle_since = self._loop.time()
-        self._idle.append(connection)
-
-    def forget(self, connection: Connection) -> None:
-        """The connection is no more."""
-        if connection.exchange is None and self._idle:
-            with contextlib.suppress(ValueError):
-                self._idle.remove(connection)
-
-    def close(self) -> None:
-        """No more requests: idle connections end, those in use when they are done."""
-        self._closed = True
-        while self._idle:
-            self._idle.pop().close()
-
-
-async def _arrive(exchange: Exchange) -> None:
-    """Wait for the answer; whoever stops waiting closes the connection, so that the engine stops as well."""
-    try:
-        await exchange.ready
-    except asyncio.CancelledError:
-        exchange.abort()
-        raise
