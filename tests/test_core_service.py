@@ -38,6 +38,10 @@ class Stub:
             return TAKEN
         return Inspection(ModelFacts("/m", {}, GIB, "f"), EngineFacts("/bin/vllm", "0.32.0"), None)
 
+    @property
+    def deeds(self) -> "Stub":
+        return self
+
     async def inspect(self, name: str) -> Inspection | Cause | None:
         return await self.preflight(self.settings.models[name], {}, None)
 
