@@ -7,8 +7,26 @@ from dataclasses import dataclass, field
 
 from tests.sim import Sim
 from vllmd.core.states import State
-from vllmd.events import Broken, CanaryBack, Command, Open, Pulse, Refuse, Shut, Terminate, Used, Wanted
-from vllmd.spec import Cause, Settings
+from vllmd.events import (
+    Broken,
+    CanaryBack,
+    Command,
+    Open,
+    Pulse,
+    Refuse,
+    Shut,
+    Sleep,
+    Slept,
+    Spawn,
+    Terminate,
+    Used,
+    Wake,
+    Wanted,
+    Woke,
+)
+from vllmd.facts import Proof
+from vllmd.spec import Cause, Settings, level_of
+from vllmd.units import GIB
 
 HOLD = 1000.0
 
@@ -37,9 +55,15 @@ class Door:
 
 
 class Crowd(Sim):
-    """The core, its edges, and who wants something of the models. Engines come up and end when `work` says so."""
+    """The core, its edges, and who wants something of the models. Engines come up, sleep, wake and end when `work` says so.
 
-    def __init__(self, config: Settings, *, gpus: dict[str, float] | None = None) -> None:
+    `residual` GiB is what each keeps asleep; proofs of that are there from the first start on, unless `proved` is false.
+    """
+
+    def __init__(
+        self, config: Settings, *, gpus: dict[str, float] | None = None, residual: float = 1.0, proved: bool = True
+    ) -> None:
+        self.residual, self.proved = int(residual * GIB), proved
         self.doors: dict[str, Door] = {}
         self.requests: list[Request] = []
         self.refusals: list[Refuse] = []
@@ -54,6 +78,14 @@ class Crowd(Sim):
     def account(self, command: Command) -> None:
         super().account(command)
         match command:
+            case Spawn() if self.proved:
+                inst = self.core.world.instances[command.instance]
+                if level := level_of(inst.spec):
+                    self.core.world.proofs[inst.key] = Proof(level, self.residual, 2 * GIB, 1.0, 2.0)
+            case Sleep() | Wake():
+                door = self.door(self.core.world.instances[command.instance].spec.name)
+                assert not door.open, f"{command.instance} is to sleep or wake with its door open"
+                assert not door.under_way, f"{command.instance} is to sleep or wake with requests"
             case Open():
                 door = self.door(command.model)
                 assert self.core.world.instances[command.instance].state is State.READY
@@ -145,8 +177,22 @@ class Crowd(Sim):
 
     def gone(self, name: str, cause: Cause | None = None, *, back: bool = True) -> None:
         """Nothing of it is left: whoever was still under way there was cut."""
+        self.uses.pop(name, None)
         super().gone(name, cause, back=back)
         self.requeue(name)
+
+    def falls_asleep(self, name: str) -> None:
+        """Its engine says that it sleeps, and the next look shows it."""
+        assert any(isinstance(c, Sleep) and c.attempt == self.inst(name).attempt for c in self.commands)
+        self.uses[name] = self.residual
+        self.send(Slept(name, self.inst(name).attempt, "", 1.0))
+        self.look()
+
+    def wakes(self, name: str, problem: str = "", same: bool | None = True) -> None:
+        """Its engine says that it is awake."""
+        assert any(isinstance(c, Wake) and c.attempt == self.inst(name).attempt for c in self.commands)
+        self.uses.pop(name, None)
+        self.send(Woke(name, self.inst(name).attempt, problem, same, 2.0))
 
     def requeue(self, model: str) -> None:
         """What an engine had begun when it died goes back to the head of the line, once."""
@@ -174,6 +220,10 @@ class Crowd(Sim):
                     case State.STARTING:
                         self.measured(name)
                         self.ready(name)
+                    case State.DOZING if not inst.drain_held and not inst.slept_at:
+                        self.falls_asleep(name)
+                    case State.WAKING:
+                        self.wakes(name)
                     case State.DRAINING if not inst.drain_held:
                         assert any(isinstance(c, Terminate) and c.attempt == inst.attempt for c in self.commands)
                         self.answer(name)  # vLLM finishes what it has

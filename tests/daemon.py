@@ -38,7 +38,7 @@ class Vllmd(Remote):
         self.mark = mark_of(self.state_dir)
         self.daemon: Model = {
             "socket": self.socket, "runtime_dir": self.runtime, "state_dir": self.state_dir, "log_dir": self.log_dir,
-            "cache_dir": folder / "cache", "log_format": "json",
+            "cache_dir": folder / "cache", "log_format": "json", "spare": 0,
         }  # fmt: skip
         self.http: Model = {"listen": []}
         self.devices: Model = {"limit": "8GiB"}

@@ -26,11 +26,13 @@ from vllmd.events import (
     Note,
     Printed,
     Ready,
+    Sleep,
     Spawn,
     Spawned,
     Start,
     Stop,
     Terminate,
+    Wake,
 )
 from vllmd.facts import DeviceReading, EngineFacts, Figures, Holder, Inspection, ModelFacts
 from vllmd.spec import Cause, DaemonSpec, DeviceRule, ModelSpec, Settings
@@ -133,7 +135,7 @@ class Sim:
             case Spawn():
                 assert command.instance not in self.alive, f"{command.instance} was spawned twice"
                 self.alive[command.instance] = command.attempt
-            case KillTree() | Terminate():
+            case KillTree() | Terminate() | Sleep() | Wake():
                 assert self.alive.get(command.instance) == command.attempt, "a signal for a process that is not there"
             case Answer():
                 assert command.ticket not in self.answers, f"ticket {command.ticket} was answered twice"
@@ -156,6 +158,8 @@ class Sim:
             assert runs or inst.state not in ALIVE - {State.STOPPING}, f"{inst.id} is {inst.state} without a process"
             assert not runs or inst.id in world.ledger.held, f"{inst.id} runs without a promise"
             assert (inst.state not in TIMED) or inst.deadline is not None, f"{inst.id} could stay {inst.state} for ever"
+            asked = inst.state is State.ASLEEP and inst.line and not inst.shut_for
+            assert not asked or inst.deadline is not None, f"{inst.id} could sleep for ever while {inst.line} wait"
         assert set(self.alive) <= set(world.instances), "a process without an instance"
 
     # -- the edges

@@ -39,7 +39,7 @@ def model(name: str, state: str = "stopped", **more: Any) -> dict[str, Any]:
         "per_device": [], "need": None, "need_measured": False, "reserved": 0, "used": 0, "attempt": 0, "restarts": 0,
         "failures": 0, "uptime_s": None, "requests_running": 0, "requests_waiting": 0, "tokens_per_s": 0.0,
         "requests_in_line": 0, "line_since_s": None, "idle_s": None, "unloads_in_s": None,
-        "makes_room_for": None, "waits_for": [], "why": None,
+        "makes_room_for": None, "waits_for": [], "swap_test": None, "why": None,
     }  # fmt: skip
     return row | more
 
@@ -53,7 +53,8 @@ def full_status() -> dict[str, Any]:
     share = {"id": "GPU-1", "reserved": 6 * GIB, "used": 5 * GIB}
     return {
         "daemon": {
-            "version": "1", "pid": 4, "host": "ws1", "uptime_s": 9.5, "config": "/etc/vllmd.toml", "access": "",
+            "version": "1", "pid": 4, "host": "ws1", "uptime_s": 9.5,
+            "http": ["http://127.0.0.1:8400"], "spare": 0, "config": "/etc/vllmd.toml", "access": "",
             "closing": False, "trouble": "",
         },
         "devices": [device()],

@@ -204,7 +204,7 @@ async def test_a_spawn_that_fails_leaves_nothing(
     def spawn(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(wiring, "spawn", spawn)
+    bench.shared.begin = spawn
     bench.shared.cgroups = bench.folder / "cgroups"
     bench.shared.cgroups.mkdir()
     attempt = bench.attempt("")

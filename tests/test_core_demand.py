@@ -1,7 +1,7 @@
 """Requests that wait: models start for them, others make room, nobody starves or is sent away without a reason."""
 
 from tests.crowd import Crowd
-from tests.sim import settings, spec
+from tests.sim import GIB, settings, spec
 from vllmd.core.states import State
 from vllmd.events import Broken, Canary, Pulse, Reload
 from vllmd.spec import Cause
@@ -205,6 +205,16 @@ def test_a_claim_holds_where_starts_need_not_wait_for_each_other() -> None:
     assert big.fate == "answered"
     crowd.live_on(300)
     assert small.fate == "answered"
+
+
+def test_two_that_claim_the_same_do_not_wait_for_each_other() -> None:
+    """Each claimed what was on its way out; then it was not, and nothing is any more: the turn decides."""
+    crowd = Crowd(settings(spec("a", 5.0), spec("b", 5.0), spec("c", 8.0)), gpus={"GPU-a": 8.0})
+    first, second = crowd.ask("b"), crowd.ask("c")
+    for name in "bc":
+        crowd.inst(name).claim = {"GPU-a": (5 if name == "b" else 8) * GIB}
+    crowd.live_on(300)
+    assert (first.fate, second.fate) == ("answered", "answered")
 
 
 def test_priority_goes_first_but_not_for_ever() -> None:

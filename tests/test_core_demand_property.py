@@ -8,8 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from tests.crowd import Crowd
 from tests.sim import settings as configure
 from tests.sim import spec
-from vllmd.core.states import State
-from vllmd.events import Reload, Start, Stop
+from vllmd.core.states import ALIVE, State
+from vllmd.events import Doze, Reload, Slept, Start, Stop, SwapTest
 from vllmd.spec import Cause
 
 NAMES = ("a", "b", "c", "d")
@@ -28,15 +28,17 @@ class Traffic(RuleBasedStateMachine):
         home=st.sets(name, max_size=2),
         wide=st.sets(name, max_size=1),
         ttl=st.sampled_from([None, 40.0]),
+        sleepy=st.sets(name, max_size=4),
     )
     def begin(
         self, sizes: list[float], gpus: dict[str, float], pinned: set[str], home: set[str], wide: set[str],
-        ttl: float | None,
+        ttl: float | None, sleepy: set[str],
     ) -> None:  # fmt: skip
         self.models = {
             n: spec(
                 n, size, pinned=n in pinned, home=n in home, ttl=ttl, max_wait=PATIENCE, min_resident=RESIDENT,
                 max_drain=120.0, gpus=2 if n in wide and len(gpus) > 1 else None, priority=i % 3,
+                swap="sleep1" if n in sleepy else "stop",
             )
             for i, (n, size) in enumerate(zip(NAMES, sizes, strict=True))
         }  # fmt: skip
@@ -80,8 +82,30 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(who=name)
     def crash(self, who: str) -> None:
-        if self.known(who) and self.crowd.state(who) in (State.STARTING, State.READY):
+        if self.known(who) and self.crowd.state(who) in ALIVE - {State.DRAINING, State.STOPPING}:
             self.crowd.crash(who)
+
+    @rule(who=name, fails=st.booleans())
+    def lull(self, who: str, fails: bool) -> None:
+        """One that falls asleep or wakes has done so, or cannot."""
+        if not self.known(who):
+            return
+        inst = self.crowd.inst(who)
+        if inst.state is State.DOZING and not inst.drain_held and not inst.slept_at:
+            if fails:
+                self.crowd.send(Slept(who, inst.attempt, "no"))
+            else:
+                self.crowd.falls_asleep(who)
+        elif inst.state is State.WAKING:
+            self.crowd.wakes(who, "no" if fails else "")
+        self.crowd.tell()
+
+    @rule(who=name, test=st.booleans())
+    def to_bed(self, who: str, test: bool) -> None:
+        if self.known(who):
+            wish = SwapTest if test else Doze
+            self.crowd.send(wish(who, self.crowd.ticket()))
+            self.crowd.tell()
 
     @rule()
     def die(self) -> None:
@@ -127,6 +151,7 @@ class Traffic(RuleBasedStateMachine):
         for inst in crowd.core.world.instances.values():
             assert not inst.claim, f"{inst.id} still claims {inst.claim}"
             assert not inst.shut_for, f"{inst.id} is still shut for {inst.shut_for}"
+            assert inst.trial is None or inst.trial.result, f"{inst.id} is tested for ever"
 
 
 TestTraffic = Traffic.TestCase
@@ -136,10 +161,16 @@ TestTraffic.settings = settings(
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([0.0, 1.0, 7.0, 30.0])), min_size=1, max_size=60))
-def test_nobody_waits_beyond_its_patience(traffic: list[tuple[str, float]]) -> None:
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([0.0, 1.0, 7.0, 30.0])), min_size=1, max_size=60),
+    st.sampled_from(["stop", "sleep1"]),
+)
+def test_nobody_waits_beyond_its_patience(traffic: list[tuple[str, float]], swap: str) -> None:
     """Three models of which one fits, engines that answer at once: patience, and a turn of each of the others, is the most."""
-    crowd = Crowd(configure(*(spec(n, 8.0, max_wait=PATIENCE, min_resident=RESIDENT) for n in "abc")))
+    models = (
+        spec(n, 8.0 if swap == "stop" else 6.0, max_wait=PATIENCE, min_resident=RESIDENT, swap=swap) for n in "abc"
+    )
+    crowd = Crowd(configure(*models))
     for who, pause in traffic:
         crowd.ask(who)
         crowd.live_on(pause)

@@ -33,7 +33,7 @@ def pair(vllmd: Vllmd) -> Vllmd:
 def address(vllmd: Vllmd) -> tuple[str, int]:
     """Where it listens now."""
     urls = [line["web"][0] for line in vllmd.lines if line["event"] == "vllmd is ready"]
-    host, _, port = urls[-1].removeprefix("http://").partition(":")
+    host, _, port = urls[-1].partition("://")[2].partition(":")
     return host, int(port)
 
 

@@ -93,11 +93,12 @@ async def test_whatever_fails_at_the_end_the_rest_is_done(
         listeners=SimpleNamespace(stop=part.step("listeners")), tasks=Tasks(lambda *_: None), write=lambda: None,
         saver=SimpleNamespace(clear=part.step("clear")), log=SimpleNamespace(error=said.append, info=said.append),
         store=SimpleNamespace(unlock=lambda: order.append("unlock")), gateway=SimpleNamespace(close=lambda: None),
+        parking=SimpleNamespace(spares=SimpleNamespace(drop=part.step("spare"))),
     )  # fmt: skip
     await Ending(daemon).leave()  # type: ignore[arg-type]
     models_again = ["a", "b"]  # they are not over: it is tried once more
     begin = [*models_again, "listeners", *models_again] if code else ["listeners", *models_again]
-    assert order == [*begin, "runaways", "clear", "unlock"]
+    assert order == [*begin, "spare", "runaways", "clear", "unlock"]
     assert {text.split("'")[1] for text in said if "RuntimeError" in text} == failing
     assert said[-1] == "vllmd has ended"
 

@@ -266,6 +266,28 @@ def test_sleeping_engine_answers_after_wake_up(start: Callable[..., Fake]) -> No
     assert answers == [200]
 
 
+def test_level_2_drops_the_weights_until_they_are_loaded_again(start: Callable[..., Fake]) -> None:
+    """Woken without reload_weights it answers garbage, and it serves once all tags are awake."""
+    fake = start(VLLM_SERVER_DEV_MODE="1").ready()
+
+    def said() -> str:
+        status, body = fake.ask("/v1/completions", {"model": "org/model", "prompt": "a", "max_tokens": 3})
+        assert status == 200
+        return str(json.loads(body)["choices"][0]["text"])
+
+    before = said()
+    assert fake.ask("/sleep?level=2&mode=wait", {})[0] == 200
+    assert fake.ask("/wake_up", {})[0] == 200
+    assert said() != before
+    assert fake.ask("/sleep?level=2&mode=wait", {})[0] == 200
+    assert fake.ask("/wake_up?tags=weights", {})[0] == 200
+    assert json.loads(fake.ask("/is_sleeping")[1]) == {"is_sleeping": True}
+    assert fake.ask("/collective_rpc", {"method": "reload_weights"})[0] == 200
+    assert fake.ask("/wake_up?tags=kv_cache", {})[0] == 200
+    assert json.loads(fake.ask("/is_sleeping")[1]) == {"is_sleeping": False}
+    assert said() == before
+
+
 def test_gone_client_aborts(start: Callable[..., Fake]) -> None:
     """A client that hangs up frees its place at once."""
     fake = start(FAKE_TOKENS_PER_S="0.1").ready()

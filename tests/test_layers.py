@@ -22,6 +22,7 @@ WIRING = {
     "vllmd.ending",
     "vllmd.daemon",
     "vllmd.deeds",
+    "vllmd.parking",
     "vllmd.service",
     "vllmd.places",
     "vllmd.voice",
@@ -33,7 +34,7 @@ WIRING = {
 
 #: One edge may be several files. A file imports values and its own edge; `tasks` is the one tool that all may use.
 EDGES = {
-    "process": {"process", "procfs", "tree", "kill", "strays", "leftovers", "listener", "cgroup"},
+    "process": {"process", "procfs", "tree", "kill", "strays", "leftovers", "listener", "cgroup", "spare"},
     "logs": {"logfile", "logread", "logtext", "logview"},
     "http": {
         "http", "bind", "auth", "gate", "route", "routes", "params", "schemas", "openapi", "backend", "sse", "stream",

@@ -47,7 +47,7 @@ def test_the_series_of_a_model_are_the_same_in_every_state() -> None:
         stub.value["models"] = [model("m", state, need=None if state == "stopped" else GIB)]
         seen.append({key for key in scrape(stub) if ("model", "m") in key[1]})
     assert all(keys == seen[0] for keys in seen)
-    assert len(seen[0]) == len(STATES) + 6 + 2
+    assert len(seen[0]) == len(STATES) + 7 + 6  # gauges, counters
 
 
 def test_what_is_counted_beside_the_status() -> None:

@@ -12,7 +12,7 @@ import pytest
 from tests.fake.make_model import make_model
 from tests.fake.metrics import Counts, render
 from tests.test_fake_engine import Fake
-from vllmd.edge.probe import Counters, Probe, ProbeError, ask, read_counters
+from vllmd.edge.probe import Counters, Probe, ProbeError, alike, ask, read_counters, read_words
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s"
 Reply = Callable[[str, bytes], bytes]  # path and body of a request -> bytes of the answer
@@ -274,3 +274,79 @@ async def test_silence_ends_with_the_time_given() -> None:
         assert await Probe().health(endpoint, timeout=0.1) is False
         with pytest.raises(ProbeError, match=r"no answer to /metrics within 0.1 s"):
             await Probe().counters(endpoint, timeout=0.1)
+
+
+# -- sleep ------------------------------------------------------------------------------------------------------------
+
+
+def dreams(sleeping: bool, refuses: str = "") -> Reply:
+    """An engine that says of itself whether it sleeps, and refuses one path."""
+
+    def reply(path: str, body: bytes) -> bytes:
+        if refuses and path.startswith(refuses):
+            return b"HTTP/1.1 500 Oops\r\nContent-Length: 13\r\n\r\nout of memory"
+        said = json.dumps({"is_sleeping": sleeping}).encode()
+        return OK % (len(said), said)
+
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("level", "paths"),
+    [
+        (1, ["/wake_up"]),
+        (2, ["/wake_up?tags=weights", "/collective_rpc", "/wake_up?tags=kv_cache", "/reset_prefix_cache"]),
+    ],
+)
+async def test_waking_loads_dropped_weights_before_there_is_a_cache(level: int, paths: list[str]) -> None:
+    """At level 2 in this order, or the answers are garbage."""
+    async with engine(dreams(False)) as (endpoint, seen):
+        await Probe().wake(endpoint, level, 20.0)
+    assert [path for path, _ in seen.asked] == [*paths, "/is_sleeping"]
+    assert level == 1 or json.loads(seen.asked[1][1]) == {"method": "reload_weights"}
+
+
+async def test_sleep_waits_for_what_runs_and_is_seen() -> None:
+    async with engine(dreams(True)) as (endpoint, seen):
+        await Probe().sleep(endpoint, 2, 20.0)
+    assert [path for path, _ in seen.asked] == ["/sleep?level=2&mode=wait", "/is_sleeping"]
+
+
+@pytest.mark.parametrize("refuses", ["/wake_up?tags=weights", "/collective_rpc", "/wake_up?tags=kv_cache"])
+async def test_a_waking_that_stops_half_way_is_none(refuses: str) -> None:
+    async with engine(dreams(False, refuses)) as (endpoint, seen):
+        with pytest.raises(ProbeError, match="status 500: out of memory"):
+            await Probe().wake(endpoint, 2, 20.0)
+    assert seen.asked[-1][0] == refuses
+
+
+async def test_an_engine_that_only_says_yes_has_neither_slept_nor_woken() -> None:
+    async with engine(dreams(False)) as (endpoint, _):
+        with pytest.raises(ProbeError, match="does not sleep"):
+            await Probe().sleep(endpoint, 1, 20.0)
+    async with engine(dreams(True)) as (endpoint, _):
+        with pytest.raises(ProbeError, match="still sleeps"):
+            await Probe().wake(endpoint, 1, 20.0)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b'{"choices": [{"text": "a b"}]}', "a b"),
+        (b'{"data": [{"embedding": [0.5, 1]}]}', (0.5, 1.0)),
+        (b'{"data": [{"data": [0.5, 1]}]}', (0.5, 1.0)),
+        (b'{"data": [{"data": [[0.5], [1]]}]}', None),
+        (b"[" * 10_000, None),
+        (b'{"choices": []}', None),
+    ],
+)
+def test_what_can_be_compared_is_read(raw: bytes, words: object) -> None:
+    assert read_words(raw) == words
+
+
+def test_vectors_are_alike_up_to_rounding() -> None:
+    assert alike((0.5, 1.0), (0.501, 0.999))
+    assert not alike((0.5, 1.0), (0.5, 0.9))
+    assert not alike((0.5,), (0.5, 1.0))
+    assert not alike("a", "b")
+    assert not alike("a", (0.5,))

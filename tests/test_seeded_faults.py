@@ -13,7 +13,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("test_core.py", "test_core_demand.py", "test_core_loans.py", "test_core_waiting.py", "test_core_memory.py",
+TESTS = ("test_core.py", "test_core_demand.py", "test_core_loans.py", "test_core_sleep.py", "test_core_waiting.py",
+         "test_core_memory.py",
          "test_core_demand_property.py", "test_core_property.py")  # fmt: skip
 LIMIT = 100.0  # seconds; a core that loops for ever is found too
 
@@ -86,8 +87,8 @@ FAULTS = {
     "old failures count for ever": Fault("policy.py", "if now - at < rule.window]", "]"),
     "health forgives nothing": Fault("health.py", "inst.failures.clear()", "pass"),
     "exit 0 is no crash": Fault(
-        "stops.py", "end(world, inst, now, event.what, crashed=True)",
-        "end(world, inst, now, event.what, crashed=event.status != 0)",
+        "stops.py", "inst.crashed, inst.broke_at = True, now\n            end(world, inst, now, event.what, crashed=True)",
+        "inst.broke_at = now\n            end(world, inst, now, event.what, crashed=event.status != 0)",
     ),
     "the drain has no limit": Fault(
         "stops.py", "inst.deadline = now + inst.spec.drain + inst.spec.stop_timeout",
@@ -101,8 +102,8 @@ FAULTS = {
     "tokens prove nothing": Fault("health.py", "elif event.moved:", "elif False:"),
     "a stop does not end the wish": Fault("stops.py", "inst.wanted = inst.insisted = ", "inst.insisted = "),
     "a second start is another attempt": Fault(
-        "core.py", "case State.STOPPED | State.FAILED | State.BACKOFF:\n                    again",
-        "case State.STOPPED | State.FAILED | State.BACKOFF | State.STARTING:\n                    again",
+        "wishes.py", "case State.STOPPED | State.FAILED | State.BACKOFF:\n                again",
+        "case State.STOPPED | State.FAILED | State.BACKOFF | State.STARTING:\n                again",
     ),
     "a shutdown is never over": Fault("core.py", "world.emit(Finish())", "pass"),
     "a removed model stays": Fault("core.py", "world.emit(Forget(inst.id))", "pass"),
@@ -126,8 +127,8 @@ FAULTS = {
         'give_up(world, inst, Cause("inspect-slow"',
     ),
     "a removed model starts again": Fault(
-        "core.py", "if spec is None:\n                world.tell",
-        "if False:\n                world.tell",
+        "wishes.py", "if spec is None:\n            world.tell",
+        "if False:\n            world.tell",
     ),
     "a model that comes back swaps its process's configuration": Fault(
         "reload.py", "elif inst.spec.name not in old.models:",
@@ -200,6 +201,37 @@ FAULTS = {
     "those in line are forgotten": Fault(
         "core.py", "if inst.line and inst.state in (State.STOPPED, State.FAILED):", "if False:"
     ),
+    "a door opens between the sleeps of a test": Fault(
+        "world.py", "if state is State.READY and inst.trial and inst.trial.on:", "if False:"
+    ),
+    "any reading will do to see what a sleeper keeps": Fault("sleep.py", "if not (calm or", "if not (True or"),
+    "what a sleeper keeps is given away": Fault("sleep.py", "{d: min(inst.full[d], max(size, proof.residual))", "{d: 0"),
+    "a proof is good for every level": Fault("proofs.py", "return proof if proof is not None and", "return proof if True or"),
+    "a sleep that frees nothing counts": Fault("proofs.py", "proof.freed < FREED_LEAST or", ""),
+    "a test's memory is given away": Fault("sleep.py", "if not under_trial(inst) and proof", "if proof"),
+    "another answer after waking is as good": Fault("sleep.py", "if event.same is False:", "if False:"),
+    "a proof outlives a failure": Fault("sleep.py", "        withdraw(world, inst, text)", "        pass"),
+    "a sleeper's leak is nothing": Fault("sleep.py", "if growth > GROWTH:", "if False:"),
+    "waking needs no room": Fault("placing.py", "if size > max(0, tight.left):", "if False:"),
+    "waking disturbs who measures": Fault(
+        "placing.py", "busy_on(moves_of_others(world, inst), devices, False)",
+        "frozenset()",
+    ),
+    "sleep disturbs who measures": Fault(
+        "stops.py", "if inst.drain_held:\n        inst.deadline",
+        "if False:\n        inst.deadline",
+    ),
+    "a sleeper's line has no deadline": Fault("waking.py", "inst.deadline = inst.queue_until\n    outcome", "outcome"),
+    "waking has no limit": Fault("waking.py", "inst.deadline = now + inst.spec.start_stall", "pass"),
+    "a crash asleep restarts for nobody": Fault("stops.py", "inst.wanted |= called_for(inst)", "inst.wanted = True"),
+    "what a sleeper keeps is out of reach": Fault(
+        "victims.py", "case State.ASLEEP if not wanted_awake(inst):\n            return now",
+        "case State.ASLEEP if not wanted_awake(inst):\n            return math.inf",
+    ),
+    "a model under test makes room": Fault(
+        "victims.py", "if under_trial(inst) and inst.state is not State.WAITING:\n        return math.inf",
+        "if False:\n        pass",
+    ),
     "a loan has no end": Fault("loans.py", "if loan.until <= now]", "if False]"),
     "a loan is used twice": Fault("ledger.py", " - max(0, external - loans[0].before)) if loans", ") if loans"),
 }  # fmt: skip
@@ -217,7 +249,7 @@ def copy(folder: Path) -> None:
     """The package and the core's tests."""
     shutil.copytree(ROOT / "vllmd", folder / "vllmd", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "tests").mkdir()
-    for name in ("__init__.py", "sim.py", "crowd.py", *TESTS):
+    for name in ("__init__.py", "sim.py", "crowd.py", "mortal.py", *TESTS):
         shutil.copy(ROOT / "tests" / name, folder / "tests")
     (folder / "pytest.ini").write_text("[pytest]\n")
 

@@ -12,7 +12,10 @@ from vllmd.edge.schemas import rows, schemas
 from vllmd.events import Start, Stop
 from vllmd.spec import Cause
 
-DAEMON = {"version": "1", "pid": 1, "host": "h", "uptime_s": 1.5, "config": "/c", "access": "read"}
+DAEMON = {
+    "version": "1", "pid": 1, "host": "h", "uptime_s": 1.5, "config": "/c", "http": ["http://127.0.0.1:8400"], "spare": 0,
+    "access": "read",
+}  # fmt: skip
 PROMISE = jsonschema.Draft202012Validator({"$ref": "#/components/schemas/Status", "components": {"schemas": schemas()}})
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from vllmd.edge.records import Records
 from vllmd.edge.store import Store
-from vllmd.facts import Learned
+from vllmd.facts import Learned, Proof
 from vllmd.record import Record
 
 GOOD = {"base": 1 << 30, "kv": 1 << 20, "phases": {"load": 1.5}, "total": 3.0}
@@ -73,3 +73,20 @@ def test_a_record_is_forgotten_with_what_is_noted_beside_it(tmp_path: Path) -> N
     assert {path.name for path in tmp_path.iterdir()} == {"a.b.json", "a.b.at", "a.b.shm"}
     records.clear()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_proofs_of_sleep_are_kept_and_odd_ones_are_none(tmp_path: Path) -> None:
+    """A model without a proof is ended instead of put to sleep: that is always right."""
+    store, proof = Store(tmp_path), Proof(2, 1 << 30, 1 << 32, 0.5, 3.25)
+    store.keep_proofs({"good": proof})
+    assert Store(tmp_path).proofs() == {"good": proof}
+    row = json.loads((tmp_path / "proofs.json").read_text())["good"]
+    odd = [row | change for change in ({"level": 3}, {"residual": -1}, {"freed": 1 << 70}, {"wake_s": "soon"})] + [
+        None,
+        {},
+    ]
+    (tmp_path / "proofs.json").write_text(json.dumps({str(n): each for n, each in enumerate(odd)} | {"good": row}))
+    assert store.proofs() == {"good": proof}
+    (tmp_path / "proofs.json").write_text("[")
+    assert store.proofs() == {}
+    assert len(store.complaints()) == 1

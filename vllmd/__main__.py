@@ -9,6 +9,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from vllmd.spec import Settings
 
 EX_CONFIG, INTERRUPTED = 78, 130
+FILES = 65536  # open files that are enough
 
 
 def parser() -> argparse.ArgumentParser:
@@ -111,6 +113,7 @@ def serve(path: Path) -> int:
     from vllmd.config.load import ConfigError, load
     from vllmd.edge.systemd import take, under_systemd, unit_of
 
+    allow_files()
     unit = unit_of() if under_systemd(os.environ) else None
     given = take(os.environ)
     try:
@@ -125,6 +128,16 @@ def serve(path: Path) -> int:
     from vllmd.daemon import run  # everything that costs time to import, only when it is needed
 
     return asyncio.run(run(settings, path, given, unit))
+
+
+def allow_files() -> None:
+    """As many open files as we may have: each client is one, and each request at an engine. The usual limit of 1024 is for
+    programs that use select()."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def warn(text: str) -> None:

@@ -14,14 +14,14 @@ from vllmd.core.phases import read as read_sign
 from vllmd.core.words import leader_ended, member_died
 from vllmd.edge import cgroup, logfile
 from vllmd.edge.kill import kill_tree
-from vllmd.edge.process import Child, adopt, environment, spawn, why_not_run
+from vllmd.edge.process import Child, adopt, environment, why_not_run
 from vllmd.edge.procfs import Member, Table, bytes_read, exit_of_stranger
 from vllmd.edge.tasks import in_thread
 from vllmd.edge.tree import TreeWatch
 from vllmd.events import Adopt, Alive, Broken, Event, Gone, Printed, Progress, Ready, Spawn, Spawned
 from vllmd.facts import Figures, Phase
 from vllmd.inquest import find_cause, tell_runaways
-from vllmd.inquiry import Inquiry
+from vllmd.inquiry import Inquiry, Wish
 from vllmd.shared import Shared
 from vllmd.spec import ModelSpec
 from vllmd.traces import Traces
@@ -126,7 +126,7 @@ class Attempt:
         if log.trouble:
             self.shared.complain(log.trouble)
         try:
-            self.child = spawn(self.launch, log_fd=log.fd, cwd=scratch, cgroup=self.traces.cgroup)
+            self.child = self.shared.begin(self.launch, log_fd=log.fd, cwd=scratch, cgroup=self.traces.cgroup)
         finally:
             os.close(log.fd)
         self.transcript = Transcript(self.instance, self.number, self.shared, self.veil)
@@ -254,9 +254,9 @@ class Attempt:
         await self.inquiry.until_alone()
         self.post(Broken(self.instance, self.number, "drained", 0))
 
-    def begin_canary(self) -> None:
-        """One token through the engine, within hang_after."""
-        self._begin(self.inquiry.canary(self.spec.category), "canary")
+    def inquire(self, command: Wish) -> None:
+        """Ask it for a token, to sleep, or to wake."""
+        self._begin(self.inquiry.fulfil(command, self.spec.category), type(command).__name__.lower())
 
     async def kill(self, *, crashed: bool) -> None:
         """End everything of it and report Gone, with the cause when it crashed. Told again before it is over, it tries again

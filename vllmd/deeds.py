@@ -16,13 +16,16 @@ from vllmd.events import (
     KillTree,
     Note,
     Open,
+    Prove,
     ReadDevices,
     Refuse,
     Remember,
     Save,
     Shut,
+    Sleep,
     Spawn,
     Terminate,
+    Wake,
 )
 from vllmd.facts import Inspection
 from vllmd.spec import Cause
@@ -63,13 +66,13 @@ class Deeds:
                 daemon.tasks.start(
                     attempt.kill(crashed=command.crashed), f"end of {command.instance}#{command.attempt}"
                 )
-            case Canary():
-                daemon.attempts[command.instance].begin_canary()
+            case Canary() | Sleep() | Wake():
+                daemon.attempts[command.instance].inquire(command)
             case ReadDevices():
                 daemon.lookout.soon()
             case Answer():
                 daemon.tasks.start(self._answer(command), f"answer {command.ticket}")
-            case Remember() | Keep():
+            case Remember() | Keep() | Prove():
                 daemon.unsaved.set()
             case Forget():
                 daemon.attempts.pop(command.instance, None)

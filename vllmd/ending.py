@@ -87,6 +87,7 @@ class Ending:
         await self._step("listeners", self._hang_up, LISTENERS_END)
         await self._step("tasks", daemon.tasks.end, TASKS_END)
         await self._part(stay)
+        await self._step("spare", daemon.parking.spares.drop, LAST_WRITE)
         if not stay:
             await self._step("runaways", self._end_runaways, MODELS_END)
         await self._step("what was learned", lambda: in_thread(daemon.write, LAST_WRITE, None), LAST_WRITE + 1)

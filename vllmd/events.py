@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllmd.facts import DeviceReading, Figures, Inspection, Launch, Learned, Phase
+from vllmd.facts import DeviceReading, Figures, Inspection, Launch, Learned, Phase, Proof
 from vllmd.record import Record, Survivor
 from vllmd.spec import Cause, Settings
 
@@ -142,6 +142,28 @@ class CanaryBack:
 
 
 @dataclass(frozen=True, slots=True)
+class Slept:
+    """After Sleep: the engine sleeps, or (`problem`) does not. `seconds`: what the call took."""
+
+    instance: str
+    attempt: int
+    problem: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Woke:
+    """After Wake: the engine is awake and has answered a test request, or (`problem`, a sentence part) not. `same`: with the
+    words it had for it before it slept for the first time; None = nothing that could be compared. `seconds`: the waking."""
+
+    instance: str
+    attempt: int
+    problem: str = ""
+    same: bool | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Broken:
     """A process of the tree died or the leader exited: nobody asked for it. `what` is a sentence part
     ("EngineCore (pid 12) died", "exited with code 1")."""
@@ -204,10 +226,27 @@ class Lend:
     ticket: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Doze:
+    """An operator wants the model to sleep: it keeps its processes and gives its memory back. Start wakes it."""
+
+    model: str
+    ticket: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SwapTest:
+    """Put the model to sleep and wake it, time and again, to learn whether its sleep may be relied on. The ticket is answered
+    when that has begun; how it goes is shown with the model."""
+
+    model: str
+    ticket: int | None = None
+
+
 Event = (
     Boot | Start | Stop | Restart | Reload | Shutdown
     | Inspected | Spawned | Alive | Progress | Printed | Ready | Pulse | CanaryBack | Broken | Gone | DevicesRead
-    | Wanted | Used | Lend
+    | Wanted | Used | Lend | Slept | Woke | Doze | SwapTest
 )  # fmt: skip
 
 
@@ -281,6 +320,24 @@ class Canary:
 
 
 @dataclass(frozen=True, slots=True)
+class Sleep:
+    """Put the engine to sleep (level 1: weights to host memory; 2: dropped); report Slept. Nothing is under way at it."""
+
+    instance: str
+    attempt: int
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Wake the engine from that level and send it a test request; report Woke."""
+
+    instance: str
+    attempt: int
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReadDevices:
     """Read the devices soon: somebody waits for memory to come back."""
 
@@ -303,6 +360,14 @@ class Remember:
 
     key: str
     learned: Learned | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prove:
+    """Keep this on disk: `proof` None = the one that was there does not hold any more."""
+
+    key: str
+    proof: Proof | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +433,7 @@ class Finish:
 
 
 Command = (
-    Inspect | Spawn | Adopt | Save | Terminate | KillTree | Canary | ReadDevices | Answer | Remember | Keep | Forget
+    Inspect | Spawn | Adopt | Save | Terminate | KillTree | Canary | Sleep | Wake | ReadDevices | Answer | Remember | Prove
+    | Keep | Forget
     | Note | Open | Shut | Refuse | Finish
 )  # fmt: skip

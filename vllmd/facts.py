@@ -107,6 +107,18 @@ class Learned:
 
 
 @dataclass(frozen=True, slots=True)
+class Proof:
+    """What a swap-test showed of an engine's sleep, kept as Learned is. Bytes of the device where it is worst, seconds of the
+    slowest."""
+
+    level: int  # of vLLM's sleep mode
+    residual: int  # in use while it sleeps
+    freed: int  # that others may have meanwhile; 0 = the build only pretends to sleep
+    sleep_s: float
+    wake_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """Everything that is needed to become an engine. `env` is laid over a clean environment. `endpoint` is
     "http://127.0.0.1:8000" or "unix:/run/vllmd/NAME.sock"; `scratch` its own short TMPDIR, removed with it."""

@@ -4,21 +4,25 @@ Each answer becomes an event with the attempt's number; silence becomes none, an
 """
 
 import asyncio
+import time
 
 from vllmd.edge.listener import connections, listener_owner
-from vllmd.edge.probe import Counters, ProbeError
+from vllmd.edge.probe import Counters, ProbeError, Words, alike
 from vllmd.edge.procfs import read_table
 from vllmd.edge.tasks import in_thread
 from vllmd.edge.tree import TreeWatch, fast_members
-from vllmd.events import CanaryBack, Pulse
+from vllmd.events import Canary, CanaryBack, Pulse, Sleep, Slept, Wake, Woke
 from vllmd.facts import Launch
 from vllmd.shared import Shared
 
 PROBE_EVERY = 0.5  # seconds between probes of a start; the log's last line calls for one at once
 PULSE_EVERY = 5.0  # seconds between looks at a ready engine's counters, at most
 PROBE_TIMEOUT = 5.0
+SLEEP_TIMEOUT = 600.0  # one call's; the core has its own limits, and ends the engine then
 DELIVER = 10.0  # seconds for the API server to hand on the last words of an engine that has finished
 CONNECTED_EVERY = 0.1  # seconds between looks at who is connected
+
+Wish = Canary | Sleep | Wake
 
 
 class Inquiry:
@@ -30,6 +34,7 @@ class Inquiry:
         self.shared = shared
         self._counters: Counters | None = None
         self._now = asyncio.Event()
+        self._words: Words | None = None  # what it answered before it slept for the first time
 
     def soon(self) -> None:
         """Its log says that it is about to listen."""
@@ -81,6 +86,16 @@ class Inquiry:
             )
         )  # fmt: skip
 
+    async def fulfil(self, wish: Wish, category: tuple[str, ...]) -> None:
+        """What a command asks of the engine, with the event that it asks for."""
+        match wish:
+            case Canary():
+                await self.canary(category)
+            case Sleep():
+                await self.sleep(wish.level, category)
+            case Wake():
+                await self.wake(wish.level, category)
+
     async def canary(self, category: tuple[str, ...]) -> None:
         """One token through the engine, within hang_after."""
         ok = None
@@ -91,6 +106,35 @@ class Inquiry:
         except ProbeError:
             ok = False
         self.shared.post(CanaryBack(self.instance, self.attempt, ok))
+
+    async def sleep(self, level: int, category: tuple[str, ...]) -> None:
+        """Have it sleep, and before the first time say something to be compared with later."""
+        problem, began = "", time.monotonic()
+        try:
+            if self._words is None:
+                self._words = await self._answer(category)
+                began = time.monotonic()
+            await self.shared.probe.sleep(self.launch.endpoint, level, SLEEP_TIMEOUT)
+        except ProbeError as error:
+            problem = str(error)
+        self.shared.post(Slept(self.instance, self.attempt, problem, time.monotonic() - began))
+
+    async def wake(self, level: int, category: tuple[str, ...]) -> None:
+        """Have it wake, and say the same again."""
+        problem, same, began = "", None, time.monotonic()
+        took = 0.0
+        try:
+            await self.shared.probe.wake(self.launch.endpoint, level, SLEEP_TIMEOUT)
+            took = time.monotonic() - began
+            words = await self._answer(category)
+            same = None if self._words is None or words is None else alike(self._words, words)
+        except ProbeError as error:
+            problem = f"it does not answer after waking: {error}" if took else f"it does not wake: {error}"
+        self.shared.post(Woke(self.instance, self.attempt, problem, same, took))
+
+    async def _answer(self, category: tuple[str, ...]) -> Words | None:
+        endpoint, name = self.launch.endpoint, self.launch.served_name
+        return await self.shared.probe.answer(endpoint, name, category, timeout=self.hang_after)
 
     async def until_alone(self) -> None:
         """Until no client is connected any more, or DELIVER is over."""

@@ -44,6 +44,10 @@ class Record:
     crashed: bool = False
     insisted: bool = False
     by_demand: bool = False
+    full: Mapping[str, int] = field(default_factory=dict)  # awake: see core/world.py
+    residual: Mapping[str, int] = field(default_factory=dict)
+    evicted: bool = False
+    slept_at: float = 0.0
 
     started: float = 0.0
     ready_at: float | None = None

@@ -21,7 +21,7 @@ from vllmd.edge.backend import Access, Caller, LogReader, Refused, Tallies, Verb
 from vllmd.edge.logview import LogView, find_log
 from vllmd.edge.process import inherited
 from vllmd.edge.tasks import in_thread
-from vllmd.events import Answer, Event, Lend, Reload, Restart, Start, Stop
+from vllmd.events import Answer, Doze, Event, Lend, Reload, Restart, Start, Stop, SwapTest
 from vllmd.facts import Inspection
 from vllmd.gateway.waiting import Outlook
 from vllmd.spec import Cause, ModelSpec, Settings
@@ -58,6 +58,8 @@ class Service:
             "host": socket.gethostname(),
             "uptime_s": round(time.monotonic() - self.daemon.started, 1),
             "config": str(self.daemon.path),
+            "http": self.daemon.listeners.urls,
+            "spare": self.daemon.parking.used(),
             "access": Access.READ,
         }
         return view.status(self.world, me, time.monotonic())
@@ -101,6 +103,7 @@ class Service:
 
     def tallies(self) -> Tallies:
         counted: Mapping[tuple[str, ...], int] = self.world.counters
+        gate = self.daemon.gateway.counted
         seconds: dict[tuple[str, str], float] = {}
         for inst in self.world.instances.values():
             if learned := self.world.learned.get(inst.key):
@@ -111,6 +114,14 @@ class Service:
             start_seconds=seconds,
             hangs={key[1]: n for key, n in counted.items() if key[0] == "hangs"},
             overruns={key[1]: n for key, n in counted.items() if key[0] == "overruns"},
+            swaps={(key[1], key[2]): n for key, n in counted.items() if key[0] == "swaps"},
+            idle_stops={key[1]: n for key, n in counted.items() if key[0] == "idle_stops"},
+            answers=gate.answers,
+            refusals=gate.refusals,
+            retries=gate.retries,
+            waits=gate.waits,
+            wait_seconds=gate.wait_seconds,
+            held_bytes=gate.memory,
         )
 
     def log(
@@ -142,6 +153,12 @@ class Service:
                     event = Stop(name, ticket, now)
                 case Verb.RESTART:
                     event = Restart(name, ticket)
+                case Verb.SLEEP:
+                    event = Doze(name, ticket)
+                case Verb.WAKE:
+                    event = Start(name, ticket)
+                case Verb.SWAP_TEST:
+                    event = SwapTest(name, ticket)
             self.daemon.post(event)
         return {name: await future for name, future in futures.items()}
 
@@ -235,7 +252,8 @@ class Service:
     # -- tell
 
     def changed(self, caller: Caller, what: str, names: Sequence[str]) -> None:
-        self.daemon.log.info(f"{what} asked for", models=list(names), uid=caller.uid, pid=caller.pid, peer=caller.peer)
+        who = {"uid": caller.uid, "pid": caller.pid} if caller.key is None else {"key": caller.key.name}
+        self.daemon.log.info(f"{what} asked for", models=list(names), peer=caller.peer, **who)
 
     def fault(self, ident: str, where: str, error: BaseException) -> None:
         self.daemon.log.error(f"internal error {ident} in {where}: {error!r}", exc_info=error)
@@ -249,7 +267,7 @@ class Service:
 
 def keep_fixed(new: Settings, old: Settings) -> Settings:
     """What a running daemon cannot change (sockets, directories) stays; `change` has told the operator."""
-    live = {name: getattr(new.daemon, name) for name in ("log_size", "log_keep", "log_level")}
+    live = {name: getattr(new.daemon, name) for name in ("log_size", "log_keep", "log_level", "spare")}
     return replace(new, daemon=replace(old.daemon, **live), http=replace(new.http, listen=old.http.listen))
 
 

@@ -3,13 +3,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from vllmd.core.cause import Rules
 from vllmd.edge.journal import Lines
 from vllmd.edge.probe import Probe
+from vllmd.edge.process import Child, spawn
 from vllmd.edge.systemd import Notifier
 from vllmd.edge.tasks import Tasks
 from vllmd.events import Event
+from vllmd.facts import Launch
+
+
+class Begin(Protocol):
+    """Starts an engine, as vllmd/edge/process.py: spawn does."""
+
+    def __call__(self, launch: Launch, *, log_fd: int, cwd: Path, cgroup: Path | None = None) -> Child: ...
 
 
 @dataclass(slots=True)
@@ -28,4 +37,5 @@ class Shared:
     lines: Lines | None  # the journal, for what models print
     notifier: Notifier
     complain: Callable[[str], None]
+    begin: Begin = spawn  # starts an engine
     secrets: frozenset[str] = frozenset()  # of all configurations so far: to be shown nowhere

@@ -89,6 +89,11 @@ class ModelSpec:
     restart: RestartRule = RestartRule()
 
 
+def level_of(spec: ModelSpec) -> int:
+    """The level of vLLM's sleep mode at which a model makes room; 0 = it does not sleep."""
+    return {"sleep1": 1, "sleep2": 2}.get(spec.swap, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceRule:
     """One [devices.X] table. `reserve` None = auto."""
@@ -110,6 +115,9 @@ class DaemonSpec:
     log_format: str = "auto"  # auto | console | json
     log_size: int = 20 << 20  # bytes of one model log file before it is rotated
     log_keep: int = 10  # rotated files kept per model
+    spare: int | None = (
+        None  # engines that have imported beforehand, per executable; None = where there is memory for it
+    )
 
 
 class Scope(StrEnum):

@@ -64,6 +64,6 @@ def summary(world: World) -> str:
     states = [inst.state for inst in world.instances.values()]
     if world.closing:
         return f"ending: {count(sum(state in ALIVE for state in states), 'model')} left"
-    moving = (State.WAITING, State.STARTING, State.DRAINING, State.STOPPING, State.BACKOFF, State.FAILED)
+    moving = tuple(state for state in State if state not in (State.READY, State.STOPPED))
     parts = [f"{states.count(state)} {state}" for state in moving if state in states]
     return ", ".join([f"{states.count(State.READY)} of {count(len(states), 'model')} up", *parts])

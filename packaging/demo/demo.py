@@ -1,4 +1,5 @@
-"""`make run`: two real vLLM models in one memory budget: started, shown, asked; a third is refused; Ctrl-C ends all.
+"""`make run`: real vLLM models in one memory budget: two are started and asked, a third is refused, and then swapped in by a
+request for it; Ctrl-C ends all.
 
     demo.py ENGINE [DIR]      ENGINE as engine.sh makes it; configuration, state and logs in DIR (default: .run)
 
@@ -40,6 +41,34 @@ def show(stage: Stage) -> None:
             answer = ask(model)
             say(f"\n{model['name']} at {model['endpoint']}, {time.monotonic() - began:.2f} s")
             say(f"  question: {QUESTION}\n  answer:   {printable(answer)}")
+    say("\nA request for gamma at the one endpoint of all models: another makes room, gamma starts and answers.")
+    swap(read_status(stage)["daemon"]["http"][0])
+    control(stage, "status")
+
+
+def swap(url: str) -> None:
+    """One streamed request for the model that is not up; what the client is told meanwhile. Raises Failed."""
+    body = {"model": "gamma", "stream": True, "max_tokens": 24, "messages": [{"role": "user", "content": QUESTION}]}
+    say(f"\n$ curl -N {url}/v1/chat/completions -d '{json.dumps(body)}'")
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=ANSWER_WITHIN)
+    began = time.monotonic()
+    answer = ""
+    try:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        for line in connection.getresponse():
+            text = line.decode(errors="replace").rstrip()
+            if text.startswith(":"):
+                say(f"{time.monotonic() - began:5.1f} s  {printable(text)}")
+            elif text.startswith("data: {"):
+                event = json.loads(text.removeprefix("data: "))
+                if "error" in event:
+                    raise Failed(f"cannot ask gamma: {event['error']['message']}")
+                answer += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+    except OSError as error:
+        raise Failed(f"cannot ask gamma at {url}: {error}") from error
+    finally:
+        connection.close()
+    say(f"{time.monotonic() - began:5.1f} s  answer: {printable(answer)}")
 
 
 def control(stage: Stage, *words: str) -> int:
@@ -94,12 +123,11 @@ def say_on(stage: Stage) -> None:
     control_ = shlex.quote(brief(BIN / "vllmctl"))
     url = f"{ready['endpoint']}/v1/chat/completions"
     say(f"""
-Both serve. In another terminal, in {Path.cwd()}:
+They serve. In another terminal, in {Path.cwd()}:
 
     export VLLMD_SOCKET={shlex.quote(str(stage.socket))}
     {control_} status --watch
-    {control_} stop alpha && {control_} start gamma
-    {control_} logs -f beta
+    {control_} logs -f {ready["name"]}
     curl {url} -H 'Content-Type: application/json' -d {shlex.quote(body)}
 """)
 

@@ -53,6 +53,7 @@ executable = {vllm}
 kv_cache = "64MiB"
 max_model_len = 2048
 port = "auto"
+min_resident = "5s"
 args = {{ enforce-eager = true }}
 """
 MODELS = ("alpha", "beta", "gamma")

@@ -67,8 +67,9 @@ def start(engine: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -
     """Starts daemons that end with the module; each is then seen to leave nothing behind."""
     daemons: list[Daemon] = []
 
-    def begin(models: str, *, limit: str = "3.5GiB", defaults: str = "", web: bool = False) -> Daemon:
-        daemon = Daemon(tmp_path_factory.mktemp("d"), engine, cache, limit=limit, defaults=defaults, web=web)
+    def begin(models: str, *, limit: str = "3.5GiB", defaults: str = "", web: bool = False, spare: int = 0) -> Daemon:
+        folder = tmp_path_factory.mktemp("d")
+        daemon = Daemon(folder, engine, cache, limit=limit, defaults=defaults, web=web, spare=spare)
         daemons.append(daemon)
         daemon.configure(models)
         daemon.start()

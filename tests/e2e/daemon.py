@@ -30,6 +30,7 @@ state_dir = {state}
 log_dir = {log}
 cache_dir = {cache}
 log_format = "json"
+spare = {spare}
 [http]
 listen = {listen}
 [devices.cpu]
@@ -57,14 +58,16 @@ class Ran:
 class Start(Protocol):
     """Starts a daemon with these tables of [models]."""
 
-    def __call__(self, models: str, *, limit: str = ..., defaults: str = ..., web: bool = ...) -> "Daemon": ...
+    def __call__(
+        self, models: str, *, limit: str = ..., defaults: str = ..., web: bool = ..., spare: int = ...
+    ) -> "Daemon": ...
 
 
 class Daemon:
     """One vllmd with real engines. `stop` it, then `check_nothing_left`."""
 
     def __init__(
-        self, folder: Path, engine: Path, cache: Path, *, limit: str, defaults: str, web: bool = False
+        self, folder: Path, engine: Path, cache: Path, *, limit: str, defaults: str, web: bool = False, spare: int = 0
     ) -> None:
         self.folder, self.models = folder, engine / "models"
         self.runtime = Path(tempfile.mkdtemp(prefix="vd-"))  # a pytest directory is too long for a socket
@@ -79,7 +82,7 @@ class Daemon:
         }  # fmt: skip
         self._head = CONFIG.format(
             **{key: json.dumps(str(value)) for key, value in quoted.items()}, limit=limit, defaults=defaults,
-            listen='["127.0.0.1:0"]' if web else "[]",
+            listen='["127.0.0.1:0"]' if web else "[]", spare=spare,
         )  # fmt: skip
 
     # -- life

@@ -23,6 +23,7 @@ SHOWN = (
     "$ vllmctl start alpha beta", "alpha ready after", "beta ready after", "2 of 3 models up",
     "$ vllmctl start gamma", "cannot start gamma: needs", "of 3.5 GiB left",
     "alpha at http://127.0.0.1:", "beta at http://127.0.0.1:", "question: ", "answer: ", "vllmctl status --watch",
+    ": vllmd gamma is waiting", "s  answer: ",
 )  # fmt: skip
 
 

@@ -34,6 +34,8 @@ class Api:
         self.idle = threading.Condition(self.lock)
         self.keys = options.api_keys or tuple(filter(None, [os.environ.get("VLLM_API_KEY")]))
         self.began = int(time.time())
+        self.asleep: set[str] = set()  # tags of vLLM's sleep mode
+        self.true = True  # its weights are what they were
         self.routes = self.table()
 
     def table(self) -> dict[tuple[str, str], Callable[[Request], Answer]]:
@@ -53,6 +55,8 @@ class Api:
         if os.environ.get("VLLM_SERVER_DEV_MODE") == "1":
             routes[("POST", "/sleep")] = self.sleep
             routes[("POST", "/wake_up")] = self.wake
+            routes[("POST", "/collective_rpc")] = self.call
+            routes[("POST", "/reset_prefix_cache")] = lambda _: Answer(200)
             routes[("GET", "/is_sleeping")] = lambda _: dump({"is_sleeping": self.counts.sleep > 0})
         return routes
 
@@ -171,6 +175,7 @@ class Api:
             )
         said = self.faults.answer.split()
         words = (said or [WORDS[n % len(WORDS)] for n in range(limit)])[:limit]
+        words = words if self.true else ["!"] * len(words)
         talk = Talk(chat, body, prompt, words, "stop" if said and len(said) <= limit else "length")
         source = self.tokens(request, prompt, max(1, len(words)))
         first = next(source)  # so that a refusal still has a status of its own
@@ -198,13 +203,25 @@ class Api:
         return dump({"count": count, "max_model_len": self.length, "tokens": list(range(count)), "token_strs": None})
 
     def sleep(self, request: Request) -> Answer:
-        """Level 1 or 2: requests hang until /wake_up."""
-        level = urllib.parse.parse_qs(request.query).get("level", ["1"])[0]
-        return self.order(request, "sleep", int(level))
+        """Level 1 or 2: requests hang until /wake_up. Level 2 drops the weights."""
+        level = int(urllib.parse.parse_qs(request.query).get("level", ["1"])[0])
+        if self.faults.sleep == "refused":
+            return dump({"error": "Internal Server Error"}, 500)
+        self.asleep, self.true = {"weights", "kv_cache"}, self.true and level == 1 and self.faults.sleep != "garbled"
+        return self.order(request, "sleep", level)
 
     def wake(self, request: Request) -> Answer:
-        """Go on."""
-        return self.order(request, "wake", 0)
+        """Go on, once all tags are awake."""
+        if self.faults.sleep == "stuck":
+            return dump({"error": "CUDA out of memory"}, 500)
+        self.asleep -= set(urllib.parse.parse_qs(request.query).get("tags", self.asleep))
+        return self.order(request, "wake", 0) if not self.asleep else dump({"status": "sleeping"})
+
+    def call(self, request: Request) -> Answer:
+        """reload_weights: what level 2 dropped is there again, if there is memory for it."""
+        method = json.loads(request.body).get("method")
+        self.true |= method == "reload_weights" and "weights" not in self.asleep and self.faults.sleep != "garbled"
+        return dump({"results": [None]})
 
     def order(self, request: Request, op: str, level: int) -> Answer:
         """Something for the engine itself to do."""

@@ -20,11 +20,8 @@ from vllm.entrypoints.cli.main import main
 if __name__ == "__main__":
     sys.exit(main())
 """
-MAIN: Final = f"""import sys
-
-
-def main() -> None:
-    sys.path.append({str(ROOT)!r})
+MAIN: Final = """def main() -> None:
+    import vllm.entrypoints.launchers.api_server.entry
     from tests.fake.fakevllm import main as serve
 
     serve()

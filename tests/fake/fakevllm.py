@@ -20,6 +20,7 @@ is asked for by the environment, so by `env` of a model:
 | FAKE_ESCAPE=1 | a grandchild leaves the session, holds 16 MiB and outlives all (120 s at most) |
 | FAKE_LEAK_PROCESS=1 | a child stays in the group after a clean exit (120 s at most) |
 | FAKE_MEMORY=BYTES | held and touched by each worker; given back while asleep |
+| FAKE_SLEEP=ONE | of its sleep: refused, stuck (no waking), garbled (other answers after it), leaky (keeps its memory) |
 | FAKE_EAT=FILE | each worker takes memory without end once FILE is there |
 | FAKE_WORKERS=N | as --tensor-parallel-size N |
 | FAKE_KV_PER_TOKEN=BYTES | instead of what config.json says |

@@ -42,6 +42,7 @@ class Faults(NamedTuple):
     total: int = 0
     device: str = "cpu"
     metrics_bytes: int = 0
+    sleep: str = ""
 
     @classmethod
     def read(cls, env: dict[str, str]) -> "Faults":

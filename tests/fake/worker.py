@@ -45,7 +45,7 @@ def run_worker(engine: Line, rank: int, start: Start) -> None:
                         message["kv"] = profile(who, start)
                     case "graphs":
                         capture_graphs(who, start)
-                    case "sleep" if held is not None:
+                    case "sleep" if held is not None and start.faults.sleep != "leaky":
                         held.close()
                         held = None
                     case "wake" if held is None:

@@ -54,7 +54,7 @@ def plan(old: Settings, new: Settings) -> Change:
     models = {name: _model(old.models.get(name), spec) for name, spec in new.models.items()}
     models |= {name: ModelChange(Verdict.REMOVE) for name in old.models if name not in new.models}
     changed = [
-        (f"{section}.{option.key}", option.restarts)
+        (f"{section}.{option.key}", option.restarts or (option.key in _TLS and None in _both(option, before, after)))
         for section, before, after in ((Section.DAEMON, old.daemon, new.daemon), (Section.HTTP, old.http, new.http))
         for option in _differing(section, before, after)
     ]
@@ -110,4 +110,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _both(option: Option, before: Any, after: Any) -> tuple[Any, Any]:
+    return getattr(before, option.key), getattr(after, option.key)
+
+
 _ABSENT = object()
+_TLS = ("tls_cert", "tls_key")  # other files are read at a reload; that there are any, or none any more, waits

@@ -20,7 +20,7 @@ from vllmd.config.options import OPTIONS, RESTART, SECTIONS, Section, default_of
 from vllmd.config.parse import MAX_BYTES, Layer, parse
 from vllmd.config.paths import complete, find_config, home, is_root, own_config
 from vllmd.config.problems import ConfigError, Key, Problem, spell
-from vllmd.config.rules import Known, broken
+from vllmd.config.rules import Known, broken, strange
 from vllmd.config.substitute import Filler
 from vllmd.spec import ApiKey, DaemonSpec, DeviceRule, HttpSpec, ModelSpec, Overrun, RestartRule, Settings
 
@@ -121,7 +121,7 @@ def _examine(
         paths=paths,
     )
     problems |= _locate(broken(draft, known), layers)
-    warnings |= _locate(_without_effect(draft), layers)
+    warnings |= _locate(_without_effect(draft), layers) | _locate(strange(draft), layers)
     return _Found(layers, draft, paths, problems, sorted(warnings), frozenset(secrets))
 
 
@@ -245,7 +245,7 @@ def _settings(
 ) -> Settings:
     return Settings(
         daemon=DaemonSpec(**{**_filled(Section.DAEMON, draft.daemon), **paths}),
-        http=HttpSpec(**_filled(Section.HTTP, draft.http)),
+        http=_http(draft.http),
         devices={name: DeviceRule(**_filled(Section.DEVICES, rule)) for name, rule in draft.devices.items()},
         models={name: _model(name, draft.defaults, table) for name, table in draft.models.items()},
         keys={name: _key(name, table) for name, table in draft.keys.items()},
@@ -253,6 +253,11 @@ def _settings(
         warnings=warnings,
         secrets=secrets,
     )
+
+
+def _http(own: Mapping[str, Any]) -> HttpSpec:
+    values = _filled(Section.HTTP, own)
+    return HttpSpec(**{**values, "max_body": min(values["max_body"], values["memory"])})
 
 
 def _key(name: str, own: Mapping[str, Any]) -> ApiKey:

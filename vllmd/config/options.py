@@ -146,17 +146,21 @@ OPTIONS: Final = (
            "journal. `auto`: `journal` under systemd, else `console`."),
     _d("log_size", kinds.size(least=64 << 10), "20MiB", "A model's log file is rotated at this size."),
     _d("log_keep", whole(1, 1000), 10, "So many rotated files are kept per model."),
+    _d("spare", whole(0, 1, (("auto", None),)), "auto",
+       "A process that has imported vLLM beforehand and becomes the next start, which is a third shorter; about 0.5 GB of host "
+       "memory. `auto`: where there are 8 GiB to spare."),
     # -- [http]
     _h("listen", names.LISTEN, ["127.0.0.1:8400"], restarts=True,
        doc="Addresses of the gateway and of the status API. `[]` = none. One that other machines can reach needs [keys.NAME]."),
-    _h("tls_cert", names.PATH, None, "The certificate with its chain, PEM, for TLS on all addresses. Read again at a reload.",
+    _h("tls_cert", names.PATH, None, "The certificate with its chain, PEM, for TLS on all addresses. Read again at a reload; "
+       "to begin or end TLS vllmd must be restarted.",
        absent="no TLS"),
     _h("tls_key", names.PATH, None, "Its private key, PEM.", absent="no TLS"),
     _h("hosts", names.HOSTS, [], "Names under which clients ask for this machine, beside its own: others are refused."),
     _h("origins", names.ORIGINS, [], "Pages of other sites that may ask from a browser."),
     _h("open_loopback", kinds.BOOL, True,
        "Who comes from this machine needs no key to ask models and to look. Turn it off behind a reverse proxy."),
-    _h("max_body", kinds.size(least=64 << 10), "256MiB", "The largest request."),
+    _h("max_body", kinds.size(least=64 << 10), "256MiB", "The largest request; never more than `memory`."),
     _h("memory", kinds.size(least=1 << 20), "512MiB", "All requests together that wait or are on their way to an engine."),
     # -- [devices."*"]
     _v("reserve", kinds.size(auto=True, least=0), "auto",
@@ -223,8 +227,8 @@ OPTIONS: Final = (
     _m("max_wait", duration("0s", "1d"), "120s",
        "The patience of who waits for it: after that even busy and just used ones have to make room."),
     _m("max_drain", duration("0s", "1d"), "10m", "One that makes room may finish its requests for so long."),
-    _m("swap", choice("stop", "sleep1", "sleep2"), "stop", "Making room: stop it, or vLLM's sleep level 1 or 2.",
-       restarts=True, later="sleep comes with switching"),
+    _m("swap", choice("stop", "sleep1", "sleep2"), "stop", "Making room: stop it, or vLLM's sleep level 1 or 2, once"
+       " `vllmctl swap-test` has proved it.", restarts=True),
     _m("replicas", names.REPLICAS, 1, "Instances of it: a number, or `{ min = 0, max = 2 }`.",
        later="replicas come in a later version"),
     *_RESTART_OPTIONS,

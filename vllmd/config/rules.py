@@ -14,6 +14,7 @@ from vllmd.units import gib
 
 _SOCKET_BYTES: Final = 100  # the kernel takes 107; the rest is for a temporary name beside it
 _ENGINE_SOCKET_BYTES: Final = 107
+_MAKE: Final = "`vllmctl key NAME` makes a key and prints the line"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,26 @@ def broken(draft: Draft, known: Known) -> Iterator[Fault]:
     yield from _ports(draft, names)
     yield from _request_names(draft, names)
     yield from _access(draft, names)
+    yield from _bounds(draft)
+    yield from _pinned(draft, names)
     yield from _sockets(draft, names, known.paths)
     for name in names:
         yield from _sizes(draft, name)
+        if draft.of(name, "swap") not in (None, "stop") and draft.of(name, "port") is not None:
+            text = "a model that sleeps has no port: whoever reaches it could put it to sleep, and do more"
+            yield Fault(text, "leave port out: it gets a unix socket", draft.source(name, "port"))
     for at, rule in (("defaults",), draft.defaults), *((("models", n), draft.models[n]) for n in names):
         yield from _restart(at, rule.get("restart", {}))
+
+
+def strange(draft: Draft) -> Iterator[Fault]:
+    """What is allowed and surely not meant."""
+    listen = draft.http.get("listen", default_of(SECTIONS[Section.HTTP]["listen"]))
+    if draft.http.get("open_loopback") is False and listen and not draft.keys:
+        yield Fault("nobody can ask over TCP without a key", _MAKE, ("http", "open_loopback"))
+    for name, table in draft.models.items():
+        if table.get("home") and draft.of(name, "pinned"):
+            yield Fault("no effect: a pinned model never makes room", "leave out home", ("models", name, "home"))
 
 
 def _missing(names: list[str], known: Known) -> Iterator[Fault]:
@@ -90,13 +106,13 @@ def _access(draft: Draft, names: list[str]) -> Iterator[Fault]:
             text = f"{host}:{port} is open to other machines, which needs an API key"
             hint = f"`vllmctl key NAME` makes one; or listen on 127.0.0.1:{port}"
             yield Fault(text, hint, ("http", "listen", at))
-    if ("tls_cert" in draft.http) != ("tls_key" in draft.http):
-        given, missing = ("tls_cert", "tls_key") if "tls_cert" in draft.http else ("tls_key", "tls_cert")
-        yield Fault(f"needs {missing} as well", "", ("http", given))
     told = {fault.at for fault in draft.faults}
+    for given, other in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
+        if given in draft.http and other not in draft.http and ("http", other) not in told:
+            yield Fault(f"needs {other} as well", "", ("http", given))
     for key, table in draft.keys.items():
         if "hash" not in table and ("keys", key, "hash") not in told and "\0" not in key:
-            yield Fault("needs the key hash", "`vllmctl key NAME` makes a key and prints the line", ("keys", key))
+            yield Fault("needs the key hash", _MAKE, ("keys", key))
         for name in table.get("models") or ():
             if name not in names:
                 near = nearest(name, names)
@@ -106,6 +122,40 @@ def _access(draft: Draft, names: list[str]) -> Iterator[Fault]:
     for key, table in draft.keys.items():
         if digests.count(table.get("hash")) > 1:
             yield Fault("is the hash of another key as well", "each needs its own", ("keys", key, "hash"))
+
+
+def _bounds(draft: Draft) -> Iterator[Fault]:
+    most, memory = draft.http.get("max_body", 0), draft.http.get("memory", default_of(SECTIONS[Section.HTTP]["memory"]))
+    if most > memory:
+        text = f"no request of {gib(most)} would ever be let in: all together may take {gib(memory)}"
+        yield Fault(text, "lower max_body or raise memory", ("http", "max_body"))
+
+
+def _pinned(draft: Draft, names: list[str]) -> Iterator[Fault]:
+    """Pinned models that can never be up together: the first one there would shut out the rest for good."""
+    on: dict[str, list[str]] = {}
+    for name in names:
+        gpus = draft.of(name, "gpus")
+        if draft.of(name, "pinned") and isinstance(gpus, tuple) and isinstance(draft.of(name, "vram"), int):
+            for device in gpus:
+                on.setdefault(device, []).append(name)
+    for device, pinned in on.items():
+        at, limit = _limit(draft, device)
+        need = sum(draft.of(name, "vram") for name in pinned)
+        if limit is not None and need > limit and len(pinned) > 1:
+            text = (
+                f"{', '.join(pinned)} are pinned and need {gib(need)} together; models may use {gib(limit)} of {device}"
+            )
+            hint = f"unpin one, lower vram, or raise limit in {spell(at)}"
+            yield Fault(text, hint, draft.source(pinned[-1], "pinned"))
+
+
+def _limit(draft: Draft, device: str) -> tuple[Key, int | None]:
+    """The table that surely holds for a device, and its limit; None where there is none, or it is not sure."""
+    if device in draft.devices:
+        return ("devices", device), draft.devices[device].get("limit")
+    sure = device == "cpu" or set(draft.devices) == {"*"}  # else a table may be this one's by another name
+    return ("devices", "*"), draft.devices.get("*", {}).get("limit") if sure else None
 
 
 def _sizes(draft: Draft, name: str) -> Iterator[Fault]:

@@ -20,13 +20,15 @@ from vllmd.units import span
 SHARED = (
     "attempt", "wanted", "since", "deadline", "pid", "pid_start", "launch", "devices", "need", "key", "measuring",
     "drain_held", "hurried", "crashed", "insisted", "started", "ready_at", "broke_at", "figures", "learned",
-    "disturbed", "by_demand", "verdict", "cause", "cause_at", "cause_memory", "changed", "last", "last_at", "restarts",
+    "disturbed", "by_demand", "full", "residual", "evicted", "slept_at", "verdict", "cause", "cause_at", "cause_memory",
+    "changed", "last", "last_at", "restarts",
 )  # fmt: skip
 
 #: How an instance that is stopped comes to be what the record says, by moves of the table.
 PATHS = {
     State.STARTING: (Move.ADOPT,),
     State.READY: (Move.ADOPT, Move.READY),
+    State.ASLEEP: (Move.ADOPT, Move.READY, Move.SLEEP, Move.ASLEEP),
     State.DRAINING: (Move.ADOPT, Move.READY, Move.DRAIN),
     State.STOPPING: (Move.ADOPT, Move.END),
     State.BACKOFF: (Move.WANT, Move.RETRY),
@@ -55,7 +57,9 @@ def restore(world: World, inst: Instance, survivor: Survivor, now: float) -> Non
     inst.attempt, inst.restarts, inst.failures = record.attempt, record.restarts, list(record.failures)
     inst.last, inst.last_at, inst.since = record.last, record.last_at, now
     if state in ALIVE and survivor.spawned:
-        take_over(world, inst, survivor, State.STOPPING if record.closing else state, now)
+        # Whether one that was falling asleep or waking did so nobody can tell.
+        lost = record.closing or state in (State.DOZING, State.WAKING)
+        take_over(world, inst, survivor, State.STOPPING if lost else state, now)
     elif record.closing:
         if configured(world, inst) and inst.spec.autostart:
             want(world, inst, now, patient=True)
@@ -74,7 +78,7 @@ def take_over(world: World, inst: Instance, survivor: Survivor, state: State, no
     record = survivor.record
     recall(world, inst, record, state)
     assert record.launch is not None and record.pid is not None
-    ready = state in (State.READY, State.DRAINING)
+    ready = state in (State.READY, State.ASLEEP, State.DRAINING)
     world.emit(
         Adopt(inst.id, inst.attempt, inst.spec.name, record.launch, record.pid, record.pid_start, ready)
     )  # fmt: skip
@@ -86,10 +90,12 @@ def take_over(world: World, inst: Instance, survivor: Survivor, state: State, no
             inst.heard, inst.phase_since, inst.deadline = now, now, now + inst.spec.start_stall
         case State.READY:
             inst.proved, inst.tokens_at, inst.used_at = now, now, now
-            inst.wanted = True  # it was about to make room, perhaps: who needs that will ask again
+            inst.wanted, inst.evicted = True, False  # it was about to make room, perhaps: who needs that will ask again
             world.open(inst)
             arm(inst)
             world.emit(ReadDevices())
+        case State.ASLEEP:
+            inst.deadline = None
         case State.DRAINING:
             inst.deadline = record.deadline if record.deadline is not None else now + inst.spec.drain
             if not inst.drain_held:
@@ -110,7 +116,7 @@ def follow_configuration(world: World, inst: Instance, survivor: Survivor, now: 
         why = f"its configuration changed ({', '.join(survivor.changed)})"
         if inst.state is State.READY:
             stops.drain(world, inst, now, why)
-        elif inst.state is State.STARTING:
+        elif inst.state in (State.STARTING, State.ASLEEP):
             stops.end(world, inst, now, why)
 
 

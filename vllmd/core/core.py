@@ -4,12 +4,12 @@ It knows no clock (`now` is an argument), no loop, file, socket, process or log.
 dropped by comparing their number.
 """
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from vllmd.core import adoption, demand, health, loans, reload, room, starts, stops, usage
+from vllmd.core import adoption, demand, health, loans, reload, room, sleep, starts, stops, trial, usage, waking, wishes
 from vllmd.core.launch import Places
 from vllmd.core.ledger import Ledger
+from vllmd.core.proofs import under_trial
 from vllmd.core.refusals import never_fit
 from vllmd.core.states import ALIVE, State
 from vllmd.core.world import Instance, World
@@ -20,6 +20,7 @@ from vllmd.events import (
     CanaryBack,
     Command,
     DevicesRead,
+    Doze,
     Event,
     Finish,
     Forget,
@@ -34,16 +35,21 @@ from vllmd.events import (
     Reload,
     Restart,
     Shutdown,
+    Slept,
     Spawned,
     Start,
     Stop,
+    SwapTest,
     Used,
     Wanted,
+    Woke,
 )
 from vllmd.facts import Learned
 from vllmd.spec import ModelSpec, Settings
 
-Report = Inspected | Spawned | Alive | Progress | Printed | Ready | Pulse | CanaryBack | Broken | Gone | Used
+Report = (
+    Inspected | Spawned | Alive | Progress | Printed | Ready | Pulse | CanaryBack | Broken | Gone | Used | Slept | Woke
+)
 
 
 class Core:
@@ -79,6 +85,8 @@ class Core:
                 | Broken()
                 | Gone()
                 | Used()
+                | Slept()
+                | Woke()
             ):
                 inst = world.instances.get(event.instance)
                 if inst is not None and inst.attempt == event.attempt:
@@ -87,16 +95,22 @@ class Core:
                 demand.wanted(world, event, now)
             case Lend():
                 loans.lend(world, event, now)
+            case Doze():
+                for inst in wishes.find(world, event.model, event.ticket):
+                    sleep.wish(world, inst, event, now)
+            case SwapTest():
+                for inst in wishes.find(world, event.model, event.ticket):
+                    trial.begin(world, inst, event, now)
             case DevicesRead():
                 usage.devices_read(world, event, now)
             case Boot():
                 self._boot(event, now)
             case Start():
-                self._start(event, now)
+                wishes.start(world, event, now)
             case Stop():
-                self._stop(event, now)
+                wishes.stop(world, event, now)
             case Restart():
-                self._restart(event, now)
+                wishes.restart(world, event, now)
             case Reload():
                 reload.reload(world, event, now)
             case Shutdown():
@@ -145,6 +159,10 @@ class Core:
                 health.canary_back(inst, event, now)
             case Used():
                 demand.used(world, inst, event, now)
+            case Slept():
+                sleep.slept(world, inst, event, now)
+            case Woke():
+                sleep.woke(world, inst, event, now)
             case Broken():
                 stops.broken(world, inst, event, now)
             case Gone():
@@ -167,6 +185,11 @@ class Core:
                     health.stalled(world, inst, now)
                 case State.READY:
                     self._ready_due(inst, now)
+                case State.DOZING | State.WAKING:
+                    sleep.overdue(world, inst, now)
+                case State.ASLEEP:
+                    waking.waited_long(world, inst, now)
+                    starts.pump(world, now)
                 case State.DRAINING if inst.drain_held:
                     stops.terminate(world, inst, now)
                 case State.DRAINING:
@@ -181,9 +204,16 @@ class Core:
                     starts.want(world, inst, now, patient=True, spec=world.settings.models.get(inst.spec.name))
 
     def _tend(self, now: float) -> None:
-        """Whatever the event was: nobody stands in line at a model that rests, nobody is shut for one that needs no room."""
+        """Whatever the event was: nobody stands in line at a model that rests, nobody is shut for one that needs no room,
+        what is empty goes."""
         world, shut = self.world, False
-        for inst in world.instances.values():
+        for inst in list(world.instances.values()):
+            if under_trial(inst):
+                trial.go_on(world, inst, now)
+            elif inst.shut_for and inst.state is State.ASLEEP:
+                sleep.leave(world, inst, now)
+            elif inst.shut_for and inst.state is State.READY:
+                demand.leave_when_empty(world, inst, now)
             shut |= bool(inst.shut_for)
             if inst.line and inst.state in (State.STOPPED, State.FAILED):
                 demand.serve(world, inst, now)
@@ -192,11 +222,9 @@ class Core:
                 health.arm(inst)
 
     def _ready_due(self, inst: Instance, now: float) -> None:
-        """One that serves: it has had time enough to empty, nobody has used it, or it must prove that it lives."""
+        """One that serves: nobody has used it, or it must prove that it lives. `_tend` sees whether it must go."""
         idle_until = health.ttl_due(inst)
-        if inst.shut_for and now >= inst.shut_at + inst.spec.max_drain:
-            demand.leave_when_empty(self.world, inst, now)
-        elif idle_until is not None and now >= idle_until:
+        if idle_until is not None and now >= idle_until:
             demand.rest(self.world, inst, now)
         elif now >= inst.alive_at:
             health.silent(self.world, inst, now)
@@ -222,73 +250,6 @@ class Core:
                 starts.give_up(world, inst, impossible[inst.id], now)
             elif inst.spec.autostart:
                 starts.want(world, inst, now, patient=True)
-
-    def _find(self, model: str, ticket: int | None) -> Sequence[Instance]:
-        """The model's instances; an unknown name is answered with the nearest known one."""
-        found = list(self.world.of(model))
-        if not found:
-            near = difflib.get_close_matches(model, self.world.settings.models, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            self.world.tell(ticket, 404, f"there is no model {model!r}{hint}")
-        return found
-
-    def _start(self, event: Start, now: float) -> None:
-        world = self.world
-        for inst in self._find(event.model, event.ticket):
-            spec = world.settings.models.get(inst.spec.name)
-            if world.closing:
-                world.tell(event.ticket, 503, "vllmd is shutting down")
-                continue
-            if spec is None:
-                world.tell(event.ticket, 409, f"{inst.id} was removed from the configuration and is {inst.state}")
-                continue
-            match inst.state:
-                case State.STOPPED | State.FAILED | State.BACKOFF:
-                    again = inst.state is State.BACKOFF  # it would start by itself in a moment: only sooner
-                    if not again:
-                        inst.failures.clear()
-                    if event.ticket is not None:
-                        inst.tickets.append(event.ticket)
-                    starts.want(world, inst, now, patient=again, spec=spec)
-                case State.WAITING:
-                    inst.by_demand = False
-                    if event.ticket is not None:
-                        inst.tickets.append(event.ticket)
-                    if not inst.inspecting:
-                        world.answer(inst, 202, f"{inst.id}: {inst.waiting_text}")
-                case State.STARTING:
-                    world.tell(event.ticket, 202, f"{inst.id} is starting already")
-                case State.READY if inst.shut_for:
-                    inst.wanted = inst.insisted = True
-                    world.tell(
-                        event.ticket, 202, f"{inst.id} ends ({demand.why_shut(inst)}) and will start again after that"
-                    )
-                case State.READY:
-                    world.tell(event.ticket, 200, f"{inst.id} is ready already")
-                case State.DRAINING | State.STOPPING:
-                    inst.wanted = inst.insisted = True
-                    world.dirty.add(inst.id)
-                    world.tell(event.ticket, 202, f"{inst.id} is stopping and will start again after that")
-
-    def _stop(self, event: Stop, now: float) -> None:
-        for inst in self._find(event.model, event.ticket):
-            status, text = stops.stop(self.world, inst, now, at_once=event.now)
-            self.world.tell(event.ticket, status, text)
-            starts.pump(self.world, now)
-
-    def _restart(self, event: Restart, now: float) -> None:
-        for inst in self._find(event.model, event.ticket):
-            match inst.state:
-                case State.READY if not self.world.closing:
-                    inst.wanted = True
-                    stops.drain(self.world, inst, now, "restart")
-                    self.world.tell(event.ticket, 202, f"{inst.id}: draining, then starting again")
-                case State.STARTING if not self.world.closing:
-                    inst.wanted = True
-                    stops.end(self.world, inst, now, "restart")
-                    self.world.tell(event.ticket, 202, f"{inst.id}: stopping, then starting again")
-                case _:
-                    self._start(Start(event.model, event.ticket), now)
 
     def _shutdown(self, now: float) -> None:
         """End everything; a second call skips the drains."""

@@ -3,10 +3,11 @@
 The gateway tells edges only (Wanted, Used); a request for a model that is up is never an event.
 """
 
-from vllmd.core import room, starts, stops
+from vllmd.core import room, sleep, starts, stops
 from vllmd.core.health import arm
 from vllmd.core.states import State
-from vllmd.core.victims import heat
+from vllmd.core.victims import heat, up_since
+from vllmd.core.waking import rouse
 from vllmd.core.world import Instance, World
 from vllmd.events import Used, Wanted
 from vllmd.spec import Cause, Remedy
@@ -24,10 +25,13 @@ def wanted(world: World, event: Wanted, now: float) -> None:
     inst.line, inst.line_since, inst.line_priority = event.waiting, event.since, event.priority
     if event.waiting:
         serve(world, inst, now)
-        if began and inst.state is State.WAITING and not inst.inspecting:
+        if began and (inst.state is State.ASLEEP or (inst.state is State.WAITING and not inst.inspecting)):
             starts.pump(world, now)
     elif inst.state is State.WAITING and not inst.inspecting:
         inst.claim = {}
+        starts.pump(world, now)
+    elif inst.state is State.ASLEEP:
+        rouse(world, inst, now)  # or rather let it sleep
         starts.pump(world, now)
 
 
@@ -73,8 +77,7 @@ def used(world: World, inst: Instance, event: Used, now: float) -> None:
         inst.used_at = max(inst.used_at, event.at)
     inst.under_way, inst.begun = event.running, event.begun
     if inst.shut_for:
-        inst.told_empty = not event.running
-        leave_when_empty(world, inst, now)
+        inst.told_empty = not event.running  # what follows, Core._tend sees
     else:
         arm(inst)
         if not event.running and any(other.line for other in world.instances.values()):
@@ -86,14 +89,19 @@ def leave_when_empty(world: World, inst: Instance, now: float) -> None:
     late = now >= inst.shut_at + inst.spec.max_drain
     if not late and not (inst.told_empty and not inst.direct):
         return
-    stops.drain(world, inst, now, why_shut(inst, now) + (", its time is over" if late else ""))
+    if not late and sleep.may_doze(world, inst):
+        stops.doze(world, inst, now, why_shut(inst, now))
+    else:
+        stops.drain(world, inst, now, why_shut(inst, now) + (", its time is over" if late else ""))
 
 
 def why_shut(inst: Instance, now: float | None = None) -> str:
     """Why a ready one takes no requests."""
+    if inst.shut_for == sleep.REST:
+        return "an operator wants it asleep"
     if inst.shut_for != TTL:
         return f"makes room for {inst.shut_for}"
-    return f"idle for {span(now - (inst.used_at or inst.ready_at or now))}" if now is not None else "idle for too long"
+    return f"idle for {span(now - (inst.used_at or up_since(inst) or now))}" if now is not None else "idle for too long"
 
 
 def rest(world: World, inst: Instance, now: float) -> None:

@@ -26,7 +26,7 @@ def profile(world: World, inst: Instance) -> dict[str, str]:
     neighbours = sorted(
         other.id
         for other in world.instances.values()
-        if other is not inst and other.state in (State.STARTING, State.READY)
+        if other is not inst and other.state in (State.STARTING, State.READY, State.ASLEEP)
     )
     words = {
         "model": spec.model,

@@ -9,7 +9,7 @@ from vllmd.core.policy import canary_due, hung_at
 from vllmd.core.starts import close_phase, pump, ready_text
 from vllmd.core.states import Move, State
 from vllmd.core.stops import end, release_drains
-from vllmd.core.victims import busy
+from vllmd.core.victims import busy, up_since
 from vllmd.core.world import Instance, World
 from vllmd.events import Canary, CanaryBack, Keep, Pulse, ReadDevices, Ready
 from vllmd.spec import Cause, Remedy
@@ -62,9 +62,10 @@ def watch(inst: Instance, at: float) -> None:
 
 def ttl_due(inst: Instance) -> float | None:
     """When it will have been idle for its ttl; None while it is busy, and without a ttl."""
-    if inst.spec.ttl is None or inst.ready_at is None or inst.shut_for or busy(inst):
+    since = up_since(inst)
+    if inst.spec.ttl is None or since is None or inst.shut_for or busy(inst):
         return None
-    return max(inst.used_at, inst.ready_at) + inst.spec.ttl
+    return max(inst.used_at, since) + inst.spec.ttl
 
 
 def pulse(inst: Instance, event: Pulse, now: float) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmd.facts import DeviceReading, Inspection, Launch, Need
-from vllmd.spec import ModelSpec
+from vllmd.spec import ModelSpec, level_of
 
 QUIET_PATHS = "/health,/metrics,/ping"
 SOCKET_LONGEST = 107  # bytes of a socket's path: the kernel's limit
@@ -66,6 +66,10 @@ def launch(
         # An older vLLM without the flag still runs; it only stops less gently or logs more.
         if (found.engine.flags is None or flag in found.engine.flags) and flag not in spec.args:
             argv += [f"--{flag}", value]
+    if level_of(spec) and any(
+        d.kind != "cpu" for d in devices
+    ):  # the CPU build refuses the flag, and answers as if it slept
+        argv.append("--enable-sleep-mode")
     argv += spell_args(spec.args)
     return Launch(
         argv=tuple(argv),
@@ -153,4 +157,8 @@ def environment(
     if any(device.kind != "cpu" for device in devices):
         env["CUDA_VISIBLE_DEVICES"] = ",".join(device.id for device in devices)
         env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    if level_of(spec):
+        env["VLLM_SERVER_DEV_MODE"] = (
+            "1"  # /sleep and /wake_up: on a unix socket of ours only, and never through the gateway
+        )
     return {**env, **spec.env}

@@ -125,6 +125,15 @@ class Ledger:
                 raise ValueError(f"cannot hold {size} bytes on {device} for {instance}: {account.left} left")
         self.held[instance] = dict(parts)
 
+    def widen(self, instance: str, parts: Mapping[str, int]) -> None:
+        """Promise more to an instance that has its part already and uses it. Raises if what is new does not fit."""
+        held = self.held.get(instance, {})
+        for device, size in parts.items():
+            more = size - held.get(device, 0)
+            if more > max(0, self.account(device).left):
+                raise ValueError(f"cannot hold {more} bytes more on {device} for {instance}")
+        self.held[instance] = dict(parts)
+
     def recall(self, instance: str, parts: Mapping[str, int]) -> None:
         """Restore the promise to an engine that was adopted. It has its memory: there is nothing to ask."""
         self.held[instance] = dict(parts)

@@ -8,6 +8,7 @@ from vllmd.core import room
 from vllmd.core.candidates import answering
 from vllmd.core.ledger import Account, Loan, device_label, takers
 from vllmd.core.placing import coming_on
+from vllmd.core.proofs import under_trial
 from vllmd.core.starts import pump
 from vllmd.core.states import State
 from vllmd.core.victims import Offer, cheapest, leaving, price, worth
@@ -55,13 +56,17 @@ def who_goes(world: World, account: Account, size: int, now: float) -> tuple[Off
         Offer(i.id, {device: held[device]}, price(world, i, now), i.used_at, now)
         for i in world.instances.values()
         if device in (held := world.ledger.held.get(i.id, {}))
-        and not i.spec.pinned and not leaving(i) and i.state in (State.READY, State.BACKOFF, State.WAITING)
+        and not (i.spec.pinned or leaving(i) or under_trial(i))
+        and i.state in (State.READY, State.ASLEEP, State.BACKOFF, State.WAITING)
     ]  # fmt: skip
     return cheapest({device: size - account.untaken - coming_on(world, device)}, offered)
 
 
 def send(world: World, victim: Instance, now: float) -> None:
-    """It goes, and comes back when the loan is over."""
+    """It goes, and comes back when the loan is over. One that sleeps ends: who asks for it starts it."""
+    if victim.state is State.ASLEEP:
+        room.evict(world, victim, LENT, now)
+        return
     if victim.state is not State.READY:
         world.ledger.release(victim.id)
         return

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from vllmd.core.case import COMPILER, GROWTH, Case, describe, loose_parts, outside, pinned, roomy_parts
 from vllmd.facts import DeviceReading, Inspection, Learned, Need, Parts
-from vllmd.spec import Cause, ModelSpec, Remedy
+from vllmd.spec import Cause, ModelSpec, Remedy, level_of
 from vllmd.units import GIB, MIB, gib, spell_size
 
 
@@ -109,6 +109,8 @@ def learned_key(spec: ModelSpec, facts: Inspection, devices: Sequence[DeviceRead
     told = [
         spec.model, facts.model.fingerprint, facts.engine.version, places, spec.max_model_len, args, dict(spec.env),
     ]  # fmt: skip
+    if level_of(spec):
+        told.append("sleeps")  # with other allocators
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 

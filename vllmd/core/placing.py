@@ -8,15 +8,19 @@ so that the large ones stay free for what needs them; then the emptiest.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from vllmd.core.candidates import DeviceSet, answering, candidates, size_class
+from vllmd.core.candidates import DeviceSet, answering, candidates, missing_device, size_class
 from vllmd.core.ledger import Account
 from vllmd.core.need import estimate, learned_key, on_each
+from vllmd.core.proofs import frees
 from vllmd.core.refusals import Asked, never_fits
 from vllmd.core.states import State
-from vllmd.core.victims import leaving
+from vllmd.core.victims import leaving, turn
 from vllmd.core.world import Instance, World
 from vllmd.facts import Need
 from vllmd.spec import Cause, ModelSpec
+
+#: States in which an instance takes memory or gives it back.
+MOVING = frozenset({State.STARTING, State.DOZING, State.WAKING, State.DRAINING, State.STOPPING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Blocked:
 
 @dataclass(slots=True)
 class Moves:
-    """Who moves where: by device, the instances that measure, and those that start, drain or end."""
+    """Who moves where: by device, the instances that measure, and those that start, drain, end, fall asleep or wake."""
 
     measuring: dict[str, set[str]] = field(default_factory=dict)
     moving: dict[str, set[str]] = field(default_factory=dict)
@@ -56,6 +60,13 @@ def find_place(world: World, inst: Instance) -> Placed | Blocked | Cause:
 
 def find_places(world: World, inst: Instance) -> list[Placed | Blocked | Cause]:
     """What each of the device sets that the model allows says; at least one."""
+    if inst.state is State.ASLEEP:
+        return [find_bed(world, inst)]
+    return find_starts(world, inst)
+
+
+def find_starts(world: World, inst: Instance) -> list[Placed | Blocked | Cause]:
+    """The same for a start, of one that sleeps too."""
     assert inst.found is not None
     own = world.ledger.held.pop(inst.id, None)
     try:
@@ -70,20 +81,48 @@ def find_places(world: World, inst: Instance) -> list[Placed | Blocked | Cause]:
             world.ledger.held[inst.id] = own
 
 
+def find_bed(world: World, inst: Instance) -> Placed | Blocked | Cause:
+    """One that sleeps can wake where it is and nowhere else, if what it gave up is to be had again. `parts` of Blocked is that
+    alone: what it keeps is its own."""
+    assert inst.found is not None
+    assert inst.need is not None
+    accounts = {reading.id: account_for(world, inst, reading.id) for reading in answering(world)}
+    if silent := [device for device in inst.full if device not in accounts]:
+        return missing_device(world, inst.spec, silent[0], [a.reading for a in accounts.values()], True)
+    kept = world.ledger.held.get(inst.id, {})
+    parts = {device: max(0, size - kept.get(device, 0)) for device, size in inst.full.items()}
+    mine = [accounts[device] for device in inst.full]
+    tight = min(mine, key=lambda a: a.left - parts[a.reading.id])
+    size = parts[tight.reading.id]
+    if size > max(0, tight.left):
+        budget = min(account.budget for account in mine)
+        return Blocked(parts, Asked(inst.spec, inst.found, None, inst.need, size, len(mine), budget, tight))
+    devices = tuple(account.reading for account in mine)
+    return Placed(
+        devices, inst.need, inst.full, tight.left - size, busy_on(moves_of_others(world, inst), devices, False)
+    )
+
+
 def account_for(world: World, inst: Instance, device: str) -> Account:
-    """A device's sums as one who waits sees them: what is freed there for others is not its own."""
+    """A device's sums as one who waits sees them: what is freed there for others is not its own. Once nobody is on his way
+    out any more it is a matter of whose turn it is: of two that claim the same, neither would ever have it."""
     account = world.ledger.account(device)
-    claims = {i.id: i.claim[device] for i in world.instances.values() if i is not inst and device in i.claim}
+    claimants = [i for i in world.instances.values() if i is not inst and device in i.claim]
+    coming = coming_on(world, device) if claimants else 0
+    if not coming:
+        order = list(world.instances)  # of equals, as they are tried
+        mine = turn(inst, world.now), order.index(inst.id)
+        claimants = [i for i in claimants if (turn(i, world.now), order.index(i.id)) < mine]
+    claims = {i.id: i.claim[device] for i in claimants}
     if not claims:
         return account
-    kept = max(0, sum(claims.values()) - coming_on(world, device))
+    kept = max(0, sum(claims.values()) - coming)
     return replace(account, claimed=min(kept, max(0, account.left)), claimants=tuple(claims))
 
 
 def coming_on(world: World, device: str) -> int:
     """Bytes that those who leave will give back."""
-    held = world.ledger.held
-    return sum(held.get(i.id, {}).get(device, 0) for i in world.instances.values() if leaving(i))
+    return sum(frees(world, i, device) for i in world.instances.values() if leaving(i))
 
 
 def coming_for(world: World, inst: Instance, device: str) -> int:
@@ -138,7 +177,7 @@ def moves_of_others(world: World, inst: Instance) -> Moves:
     """What all others do on their devices at this moment."""
     found = Moves()
     for other in world.instances.values():
-        if other is inst or other.state not in (State.STARTING, State.DRAINING, State.STOPPING):
+        if other is inst or other.state not in MOVING:
             continue
         for device in other.devices:
             if other.measuring:
@@ -159,6 +198,6 @@ def freeing(world: World, blocked: Blocked) -> tuple[str, ...]:
     moving = [i for i in world.instances.values() if leaving(i)]
     for device, size in blocked.parts.items():
         account = world.ledger.account(device)
-        if account.left + sum(account.promised.get(i.id, 0) for i in moving) < size:
+        if account.left + sum(frees(world, i, device) for i in moving) < size:
             return ()
     return tuple(i.id for i in moving if set(i.devices) & set(blocked.parts))

@@ -37,7 +37,7 @@ class Asked:
 def no_room(world: World, asked: Asked) -> Cause:
     """It would fit on an emptier device."""
     account, spec = asked.account, asked.spec
-    ends = (State.READY, State.STARTING, State.BACKOFF)
+    ends = (State.READY, State.ASLEEP, State.STARTING, State.BACKOFF)
     others = [i for i in account.promised if i in world.instances and world.instances[i].state in ends]
     stops = smallest_release(account, asked.size, others)
     less = f"lower {'kv_cache' if spec.vram is None else 'vram'}"

@@ -1,6 +1,7 @@
 """A new configuration for a running world: only what must is restarted."""
 
 from vllmd.core import health, starts, stops
+from vllmd.core.proofs import called_for
 from vllmd.core.refusals import TOO_BIG, never_fit
 from vllmd.core.states import Move, State
 from vllmd.core.world import Instance, World
@@ -43,7 +44,8 @@ def changed(world: World, inst: Instance, spec: ModelSpec, now: float) -> None:
     match inst.state:
         case State.READY:
             stops.drain(world, inst, now, "its configuration changed")
-        case State.STARTING:
+        case State.STARTING | State.DOZING | State.ASLEEP | State.WAKING:
+            inst.wanted |= called_for(inst)
             stops.end(world, inst, now, "its configuration changed")
         case State.WAITING:
             starts.follow(world, inst, now, spec)

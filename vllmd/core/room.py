@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 from vllmd.core.ledger import device_label
 from vllmd.core.placing import Blocked, account_for, coming_for, find_places
+from vllmd.core.proofs import given_asleep, proof_of
 from vllmd.core.refusals import no_room
 from vllmd.core.states import Move, State
-from vllmd.core.victims import Offer, cheapest, first_chance, heat, leaving, offers, reload_seconds, worth
+from vllmd.core.victims import Offer, choose, first_chance, heat, leaving, offers, reload_seconds, up_since, worth
 from vllmd.core.world import Instance, World
 from vllmd.spec import Cause
 from vllmd.units import gib, span
@@ -60,7 +61,7 @@ def option(world: World, inst: Instance, blocked: Blocked, now: float) -> Option
         for device, size in blocked.parts.items()
     }
     offered = [each for each in offers(world, inst, now) if set(each.gives) & set(missing)]
-    return Option(blocked, missing, offered, cheapest(missing, [each for each in offered if each.at <= now]))
+    return Option(blocked, missing, offered, choose(missing, [each for each in offered if each.at <= now]))
 
 
 def lingers(option: Option) -> bool:
@@ -73,7 +74,7 @@ def lingers(option: Option) -> bool:
 def go(world: World, inst: Instance, option: Option, now: float) -> tuple[str, ...]:
     """Send the victims away and lay claim to what they leave."""
     for offer in option.chosen or ():
-        evict(world, world.instances[offer.instance], inst.id, now)
+        evict(world, world.instances[offer.instance], inst.id, now, dozes=offer.dozes)
     inst.claim = dict(option.blocked.parts)
     gone = [offer.instance for offer in option.chosen or ()]
     if gone:
@@ -87,9 +88,14 @@ def going_on(world: World, devices: Collection[str]) -> list[str]:
     return [i.id for i in world.instances.values() if leaving(i) and set(i.devices) & set(devices)]
 
 
-def evict(world: World, victim: Instance, whom: str, now: float) -> None:
-    """Take its place from an instance: at once where nothing of it runs, else when its requests have ended."""
+def evict(world: World, victim: Instance, whom: str, now: float, *, dozes: bool = False) -> None:
+    """Take its place from an instance: at once where nothing of it runs, else when its requests have ended. `dozes`: it goes to
+    sleep."""
     size = gib(sum(world.ledger.held.get(victim.id, {}).values()))
+    if victim.state is State.ASLEEP:
+        world.note("evict", f"asleep, ends: the {size} that it keeps go to {whom}", victim)
+        victim.shut_for, victim.shut_at, victim.evicted = whom, now, True  # ended as soon as this event is handled
+        return
     if victim.state is not State.READY:
         world.ledger.release(victim.id)
         world.note("evict", f"its place ({size}) goes to {whom}, which waits; nothing of it runs", victim)
@@ -97,13 +103,17 @@ def evict(world: World, victim: Instance, whom: str, now: float) -> None:
             victim.wanted = False
             world.move(victim, Move.CANCEL, now, f"makes room for {whom}")
         return
-    idle = f"idle {span(now - (victim.used_at or victim.ready_at or now))}"
+    idle = f"idle {span(now - (victim.used_at or up_since(victim) or now))}"
     if victim.under_way or victim.direct:
         idle = f"{victim.under_way + victim.direct} under way, {whom} has waited long enough"
-    words = f"{idle}, {size}, reload {span(reload_seconds(world, victim))}, use {heat(victim, now):.1f}"
+    back = f"reload {span(reload_seconds(world, victim))}"
+    if dozes and (proof := proof_of(world, victim)) is not None:
+        size = f"sleeps, {gib(sum(given_asleep(world, victim).values()))} of {size}"
+        back = f"awake in {span(proof.wake_s)}"
+    words = f"{idle}, {size}, {back}, use {heat(victim, now):.1f}"
     world.note("evict", f"makes room for {whom} ({words})", victim)
     count_swap(world, victim, whom, now)
-    victim.evicted = True
+    victim.evicted, victim.dozes = True, dozes
     send_away(world, victim, whom, now)
 
 
@@ -120,6 +130,12 @@ def timeline(world: World, inst: Instance, now: float) -> str:
     parts = []
     for victim in (world.instances[name] for name in inst.made_by if name in world.instances):
         told, drained, ended = victim.shut_at, victim.passed.get(State.DRAINING), victim.passed.get(State.STOPPING)
+        dozed, asleep = victim.passed.get(State.DOZING), victim.passed.get(State.ASLEEP)
+        if dozed is not None and asleep is not None and told <= dozed <= asleep:
+            parts.append(
+                f"{victim.id} emptied in {span(dozed - told)}, asleep with its memory back in {span(asleep - dozed)}"
+            )
+            continue
         if drained is None or ended is None or not told <= drained <= ended:
             continue
         words = f"{victim.id} emptied in {span(drained - told)}, drained in {span(ended - drained)}"
@@ -176,4 +192,4 @@ def reopen(world: World, now: float) -> list[Instance]:
 
 
 def needs_room(inst: Instance) -> bool:
-    return inst.state is State.WAITING and bool(inst.claim)
+    return inst.state in (State.WAITING, State.ASLEEP) and bool(inst.claim)

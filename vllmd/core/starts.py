@@ -17,6 +17,7 @@ from vllmd.core.room import Later, make_room, timeline
 from vllmd.core.states import Move, State
 from vllmd.core.victims import turn
 from vllmd.core.waiting import busy_word, hold_in_line, note_cause
+from vllmd.core.waking import rouse, sleepers
 from vllmd.core.world import Instance, World
 from vllmd.events import Inspect, Inspected, Printed, Progress, Spawn
 from vllmd.facts import Figures
@@ -106,10 +107,12 @@ def give_up(world: World, inst: Instance, cause: Cause, now: float) -> None:
 def pump(world: World, now: float) -> None:
     """Try all who wait, each in its turn. One that cannot be placed does not hold up those that fit elsewhere. Whom there was
     no room for, and would be now, is not told so any more."""
-    waiting = [i for i in world.instances.values() if i.state is State.WAITING and not i.inspecting]
+    waiting = [i for i in world.instances.values() if i.state is State.WAITING and not i.inspecting] + sleepers(world)
     for inst in sorted(waiting, key=lambda i: turn(i, now)) if waiting else ():
         if inst.state is State.WAITING and not inst.inspecting:
             place(world, inst, now)
+        elif inst.state is State.ASLEEP:
+            rouse(world, inst, now)
     for inst in world.instances.values():
         refused = inst.state is State.STOPPED and inst.found and inst.cause and inst.cause.kind == NO_ROOM
         if refused and isinstance(find_place(world, inst), Placed):
@@ -247,6 +250,7 @@ def reset_start(inst: Instance, now: float) -> None:
     inst.under_way, inst.begun, inst.direct, inst.direct_seen, inst.used_at = 0, 0, 0, 0, 0.0
     inst.shut_for, inst.told_empty = "", False
     inst.disturbed, inst.resumed = False, False
+    inst.dozes, inst.full, inst.kept, inst.residual, inst.slept_at = False, {}, {}, {}, 0.0
     inst.waits_for, inst.waiting_text = (), ""
 
 

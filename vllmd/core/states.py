@@ -1,11 +1,12 @@
 """The life of an instance: all states, all legal moves, in one table. What is not in it does not happen.
 
     stopped -want-> waiting -admit-> starting -ready-> ready -drain-> draining -end-> stopping -rest-> stopped
+                                                       ready -sleep-> dozing -asleep-> asleep -wake-> waking -ready-> ready
 
 An instance waits while it is inspected, while memory is being freed, or while another one measures on its device.
 `stopping` means that its processes are being ended and its memory awaited, for whatever reason; the instance's `after`
-says which of `rest`, `retry`, `again`, `give_up` follows. docs/states.md is printed from this table (`python -m
-vllmd.core.states`), and a test keeps it so.
+says which of `rest`, `retry`, `again`, `give_up` follows. `dozing` lasts until a reading shows what a sleeper still uses.
+docs/states.md is printed from this table (`python -m vllmd.core.states`), and a test keeps it so.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,9 @@ class State(StrEnum):
     WAITING = "waiting"
     STARTING = "starting"
     READY = "ready"
+    DOZING = "dozing"
+    ASLEEP = "asleep"
+    WAKING = "waking"
     DRAINING = "draining"
     STOPPING = "stopping"
     BACKOFF = "backoff"
@@ -28,6 +32,9 @@ class Move(StrEnum):
     ADOPT = "adopt"  # an earlier daemon's engine was found
     ADMIT = "admit"  # inspected, memory reserved, window free: spawn
     READY = "ready"  # serves, and is ours
+    SLEEP = "sleep"  # engine told to give its memory back and to stay
+    ASLEEP = "asleep"  # it does, and what it keeps is known
+    WAKE = "wake"  # its memory reserved again: told to take it
     DRAIN = "drain"  # leader told to finish what it has
     END = "end"  # leader gone, stalled, hung, or drained long enough: kill the tree
     REST = "rest"  # tree gone, memory back, nobody wants it
@@ -46,7 +53,10 @@ MOVES: Mapping[State, Mapping[Move, State]] = {
     S.STOPPED: {M.WANT: S.WAITING, M.ADOPT: S.STARTING, M.GIVE_UP: S.FAILED},
     S.WAITING: {M.ADMIT: S.STARTING, M.CANCEL: S.STOPPED, M.RETRY: S.BACKOFF, M.GIVE_UP: S.FAILED},
     S.STARTING: {M.READY: S.READY, M.END: S.STOPPING},
-    S.READY: {M.DRAIN: S.DRAINING, M.END: S.STOPPING},
+    S.READY: {M.SLEEP: S.DOZING, M.DRAIN: S.DRAINING, M.END: S.STOPPING},
+    S.DOZING: {M.ASLEEP: S.ASLEEP, M.END: S.STOPPING},
+    S.ASLEEP: {M.WAKE: S.WAKING, M.END: S.STOPPING},
+    S.WAKING: {M.READY: S.READY, M.END: S.STOPPING},
     S.DRAINING: {M.END: S.STOPPING},
     S.STOPPING: {M.REST: S.STOPPED, M.RETRY: S.BACKOFF, M.AGAIN: S.WAITING, M.GIVE_UP: S.FAILED},
     S.BACKOFF: {M.WANT: S.WAITING, M.CANCEL: S.STOPPED},
@@ -54,12 +64,12 @@ MOVES: Mapping[State, Mapping[Move, State]] = {
 }
 
 #: States in which processes of the instance may exist.
-ALIVE = frozenset({S.STARTING, S.READY, S.DRAINING, S.STOPPING})
-#: States that always have a deadline, so that nothing waits for ever.
-TIMED = frozenset({S.WAITING, S.STARTING, S.READY, S.DRAINING, S.STOPPING, S.BACKOFF})
+ALIVE = frozenset({S.STARTING, S.READY, S.DOZING, S.ASLEEP, S.WAKING, S.DRAINING, S.STOPPING})
+#: States that always have a deadline, so that nothing waits for ever. One that sleeps has one while somebody waits for it.
+TIMED = frozenset({S.WAITING, S.STARTING, S.READY, S.DOZING, S.WAKING, S.DRAINING, S.STOPPING, S.BACKOFF})
 #: States in which memory may be reserved. Backoff keeps its place, and so does the wait after it: a crashed model must
 #: not lose it to whoever comes first.
-HOLDING = frozenset({S.WAITING, S.STARTING, S.READY, S.DRAINING, S.STOPPING, S.BACKOFF})
+HOLDING = TIMED | {S.ASLEEP}
 
 
 def next_state(state: State, move: Move) -> State:

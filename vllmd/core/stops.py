@@ -9,17 +9,19 @@ from dataclasses import replace
 from vllmd.core.cause import VAGUE
 from vllmd.core.failing import retry_or_give_up, set_cause
 from vllmd.core.ledger import device_label
+from vllmd.core.proofs import called_for
 from vllmd.core.starts import pump, want
 from vllmd.core.states import Move, State
 from vllmd.core.world import Instance, World
-from vllmd.events import Broken, Gone, KillTree, ReadDevices, Terminate
-from vllmd.spec import Cause
+from vllmd.events import Broken, Gone, KillTree, ReadDevices, Sleep, Terminate
+from vllmd.spec import Cause, level_of
 from vllmd.units import MIB, gib, span
 
 KILL_AGAIN = 15.0  # seconds until a kill that reported nothing is repeated
 SETTLE_LIMIT = 60.0  # seconds that memory may take to come back before it counts as leaked
 SETTLED = 256 * MIB  # how exactly a device must return to what others used before the end
 HOLD_LIMIT = 600.0  # seconds that a drain waits for a neighbour that measures
+DOZE_LIMIT = 120.0  # seconds that falling asleep may take: 22 GiB to host memory were seen to take 11 s
 
 
 def stop(world: World, inst: Instance, now: float, *, at_once: bool = False) -> tuple[int, str]:
@@ -43,6 +45,8 @@ def stop(world: World, inst: Instance, now: float, *, at_once: bool = False) -> 
         case State.STARTING:
             # SIGTERM during a start is swallowed or deadlocks, depending on the phase: only the kill is sure.
             end(world, inst, now, "stopped while starting")
+        case State.DOZING | State.ASLEEP | State.WAKING:
+            end(world, inst, now, f"stopped while {inst.state}")  # nothing is under way at it
         case State.READY | State.DRAINING if at_once:
             return cut(world, inst, now)
         case State.READY:
@@ -98,11 +102,35 @@ def terminate(world: World, inst: Instance, now: float) -> None:
     world.emit(Terminate(inst.id, inst.attempt))
 
 
+def doze(world: World, inst: Instance, now: float, why: str) -> None:
+    """Let it sleep; held back while a neighbour measures. Nothing is under way at it."""
+    inst.full, inst.slept_at, inst.kept = dict(world.ledger.held.get(inst.id, {})), 0.0, {}
+    world.move(inst, Move.SLEEP, now, why)
+    inst.drain_held = bool(measuring_beside(world, inst))
+    if inst.drain_held:
+        inst.deadline = now + HOLD_LIMIT
+        world.note("window", "its sleep waits until a neighbour has measured its memory", inst)
+    else:
+        lie_down(world, inst, now)
+
+
+def lie_down(world: World, inst: Instance, now: float) -> None:
+    """Tell its engine."""
+    inst.drain_held = False
+    inst.deadline = now + DOZE_LIMIT
+    world.dirty.add(inst.id)
+    world.emit(Sleep(inst.id, inst.attempt, level_of(inst.spec)))
+
+
 def release_drains(world: World, now: float) -> None:
-    """The held drains whose neighbours have measured."""
+    """The held drains, and sleeps, whose neighbours have measured."""
     for inst in world.instances.values():
-        if inst.state is State.DRAINING and inst.drain_held and not measuring_beside(world, inst):
-            terminate(world, inst, now)
+        if inst.drain_held and not measuring_beside(world, inst):
+            match inst.state:
+                case State.DRAINING:
+                    terminate(world, inst, now)
+                case State.DOZING:
+                    lie_down(world, inst, now)
 
 
 def broken(world: World, inst: Instance, event: Broken, now: float) -> None:
@@ -110,6 +138,11 @@ def broken(world: World, inst: Instance, event: Broken, now: float) -> None:
     match inst.state:
         case State.STARTING | State.READY:
             inst.crashed, inst.broke_at = True, now
+            end(world, inst, now, event.what, crashed=True)
+        case State.DOZING | State.ASLEEP | State.WAKING:
+            inst.crashed, inst.broke_at = True, now
+            # One that sleeps is as one that is stopped: it is started for who waits, and for nobody else.
+            inst.wanted |= called_for(inst)
             end(world, inst, now, event.what, crashed=True)
         case State.DRAINING if event.status is not None or inst.drain_held:
             end(world, inst, now, "drained")
@@ -130,6 +163,7 @@ def end(
     for other in world.instances.values():
         other.disturbed |= other.measuring and bool(set(other.devices) & set(inst.devices))
     world.move(inst, Move.END, now, text)
+    inst.shut_for, inst.roused_at, inst.drain_held = "", 0.0, False
     inst.deadline = now + KILL_AGAIN
     world.emit(KillTree(inst.id, inst.attempt, crashed))
     release_drains(world, now)

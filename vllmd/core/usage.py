@@ -1,5 +1,6 @@
 """What is in use: peaks, needs that are learned, memory that outgrows its promise, memory that others take."""
 
+from vllmd.core.sleep import settle
 from vllmd.core.starts import pump
 from vllmd.core.states import State
 from vllmd.core.stops import drain, finish, settled, still_settling
@@ -30,6 +31,8 @@ def devices_read(world: World, event: DevicesRead, now: float) -> None:
                 grew(inst, now, world.ledger.readings)
                 learn(world, inst)
                 check_overrun(world, inst, now)
+            case State.DOZING:
+                settle(world, inst, now)
             case State.STOPPING if inst.gone and settled(world, inst):
                 finish(world, inst, now)
     check_shortage(world)

@@ -3,13 +3,16 @@
 An idle instance may be asked at once, one that was used only after `min_resident`, a busy one never, but for one thing: the
 waiter's patience. After `max_wait` it need not be considerate any more; pinned ones stay even then. The price of a victim is
 the time of its reload by how much it is used: what nobody uses costs nothing. Equal prices go to the least recently used.
+One whose sleep is proved goes to sleep, if that suffices: it is awake sooner than it is loaded. One that sleeps already may be
+ended for what it keeps.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
+from vllmd.core.proofs import given_asleep, proof_of, under_trial, wanted_awake
 from vllmd.core.states import State
 from vllmd.core.world import Instance, World
 
@@ -28,6 +31,9 @@ class Offer:
     used_at: float
     at: float
     busy: bool = False
+    asleep: Mapping[str, int] = field(default_factory=dict)  # what it would give by sleeping; empty = it cannot
+    nap: float = 0.0  # the price of that
+    dozes: bool = False  # it is to sleep
 
 
 def turn(inst: Instance, now: float) -> tuple[bool, bool, int, float]:
@@ -35,12 +41,17 @@ def turn(inst: Instance, now: float) -> tuple[bool, bool, int, float]:
     particular (autostart, coming home) comes last."""
     since = waiting_since(inst)
     overdue = bool(inst.line) and now - since >= inst.spec.max_wait
-    idle = not inst.line and inst.patient
+    idle = not inst.line and not inst.roused_at and (inst.patient or inst.state is State.ASLEEP)
     return not overdue, idle, -priority(inst) if not overdue else 0, since
 
 
 def waiting_since(inst: Instance) -> float:
-    return inst.line_since if inst.line else inst.since
+    return inst.line_since if inst.line else inst.roused_at or inst.since
+
+
+def up_since(inst: Instance) -> float | None:
+    """Since when it serves, or served last: since it was loaded or woke."""
+    return max(inst.ready_at, inst.passed.get(State.READY, 0.0)) if inst.ready_at is not None else None
 
 
 def priority(inst: Instance) -> int:
@@ -59,8 +70,12 @@ def busy(inst: Instance) -> bool:
 
 def leaving(inst: Instance) -> bool:
     """Whether its memory comes free for others: it makes room, or ends and is not wanted again."""
-    if inst.state is State.READY:
+    if under_trial(inst):
+        return False
+    if inst.state in (State.READY, State.ASLEEP):
         return bool(inst.shut_for)
+    if inst.state is State.DOZING:
+        return True
     return inst.state in (State.DRAINING, State.STOPPING) and not inst.wanted
 
 
@@ -76,28 +91,43 @@ def offers(world: World, waiter: Instance, now: float) -> Iterator[Offer]:
         yield Offer(
             inst.id, held, price(world, inst, now), inst.used_at or inst.ready_at or 0.0,
             asked_from(inst, waiter, patience, now), inst.state is State.READY and busy(inst),
+            given_asleep(world, inst), nap(world, inst) * heat(inst, now),
         )  # fmt: skip
 
 
 def asked_from(inst: Instance, waiter: Instance, patience: float, now: float) -> float:
     """From when on it may be asked to go."""
+    if under_trial(inst) and inst.state is not State.WAITING:
+        return math.inf
     match inst.state:
         case State.READY if busy(inst):
             return patience
         case State.READY:
-            used = inst.begun > 0 or inst.used_at > (inst.ready_at or 0.0)
-            return min(patience, (inst.ready_at or now) + (inst.spec.min_resident if used else 0.0))
-        case State.BACKOFF | State.WAITING:
-            # Nothing of it runs: it is a matter of whose turn it is.
+            since = up_since(inst)
+            used = inst.begun > 0 or inst.used_at > (since or 0.0)
+            return min(patience, (since or now) + (inst.spec.min_resident if used else 0.0))
+        case State.ASLEEP if not wanted_awake(inst):
+            return now
+        case State.BACKOFF | State.WAITING | State.ASLEEP:
+            # Nothing of it serves: it is a matter of whose turn it is.
             return now if turn(waiter, now) < turn(inst, now) else patience
     return math.inf
 
 
 def price(world: World, inst: Instance, now: float) -> float:
-    """Seconds of reload by recent requests; nothing for one that does not run."""
+    """Seconds of reload by recent requests; nothing for one that does not run. One that sleeps is not up either: only what
+    waking it would have saved is lost."""
+    if inst.state is State.ASLEEP:
+        return max(0.0, reload_seconds(world, inst) - nap(world, inst)) * heat(inst, now)
     if inst.state is not State.READY:
         return 0.0
     return reload_seconds(world, inst) * heat(inst, now)
+
+
+def nap(world: World, inst: Instance) -> float:
+    """Seconds to fall asleep and to wake."""
+    proof = proof_of(world, inst)
+    return proof.sleep_s + proof.wake_s if proof is not None else 0.0
 
 
 def reload_seconds(world: World, inst: Instance) -> float:
@@ -106,6 +136,23 @@ def reload_seconds(world: World, inst: Instance) -> float:
     if known is not None and known.total:
         return known.total
     return inst.ready_at - inst.started if inst.ready_at is not None else RELOAD
+
+
+def choose(missing: Mapping[str, int], offered: Sequence[Offer]) -> tuple[Offer, ...] | None:
+    """The cheapest set, with all asleep that need not be ended; None when not even the end of all suffices."""
+    asleep, ended = cheapest(missing, [dozing(offer) for offer in offered]), cheapest(missing, offered)
+    if ended is None:
+        return None
+    for offer in ended:
+        others = tuple(dozing(each) if each is offer else each for each in ended)
+        if covers(missing, others):
+            ended = others
+    return ended if asleep is None else min(asleep, ended, key=worth)
+
+
+def dozing(offer: Offer) -> Offer:
+    """The same instance's offer to sleep, if it can."""
+    return replace(offer, gives=offer.asleep, price=offer.nap, dozes=True) if offer.asleep else offer
 
 
 def cheapest(missing: Mapping[str, int], offered: Sequence[Offer]) -> tuple[Offer, ...] | None:

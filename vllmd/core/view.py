@@ -8,8 +8,10 @@ from typing import Any
 
 from vllmd.core.health import ttl_due
 from vllmd.core.ledger import Account, device_label
+from vllmd.core.proofs import FREED_LEAST, under_trial
 from vllmd.core.states import HOLDING, State
-from vllmd.core.victims import busy
+from vllmd.core.trial import CYCLES
+from vllmd.core.victims import busy, up_since
 from vllmd.core.words import Why, explain, outlook
 from vllmd.core.world import Instance, World
 from vllmd.units import span
@@ -62,6 +64,7 @@ def model(world: World, inst: Instance, now: float) -> Json:
     said = explain(world, inst, now)
     view = outlook(world, inst, now)
     starting, up = inst.state is State.STARTING, inst.state in (State.READY, State.DRAINING)
+    shut = inst.state is State.READY and bool(inst.shut_for) and not under_trial(inst)
     promise = world.ledger.held.get(inst.id, {})
     held = inst.state in HOLDING
     # Of one that has ended the last reading may still tell; what it left behind for good is told.
@@ -71,7 +74,7 @@ def model(world: World, inst: Instance, now: float) -> Json:
         "name": inst.spec.name,
         "model": inst.spec.model,
         "category": list(inst.spec.category),
-        "state": str(State.DRAINING if inst.state is State.READY and inst.shut_for else inst.state),
+        "state": str(State.DRAINING if shut else inst.state),
         "wanted": inst.wanted,
         "autostart": inst.spec.autostart,
         "pinned": inst.spec.pinned,
@@ -103,11 +106,31 @@ def model(world: World, inst: Instance, now: float) -> Json:
         "tokens_per_s": round(inst.tokens_per_s, 1) if up else 0.0,
         "requests_in_line": inst.line,
         "line_since_s": round(now - inst.line_since, 1) if inst.line else None,
-        "idle_s": round(now - max(inst.used_at, inst.ready_at or 0.0), 1) if idle(inst) else None,
+        "idle_s": round(now - max(inst.used_at, up_since(inst) or 0.0), 1) if idle(inst) else None,
         "unloads_in_s": rounded(due - now) if idle(inst) and (due := ttl_due(inst)) is not None else None,
         "makes_room_for": inst.shut_for if inst.shut_for in world.instances else None,
         "waits_for": list(inst.waits_for),
+        "swap_test": trial(inst, now) if inst.trial is not None else None,
         "why": why(said, now - inst.cause_at if inst.cause else None),
+    }
+
+
+def trial(inst: Instance, now: float) -> Json:
+    """The latest swap-test."""
+    test = inst.trial
+    assert test is not None
+    return {
+        "level": test.level,
+        "of": CYCLES,
+        "cycles": [
+            {"sleep_s": round(c.sleep_s, 3), "wake_s": round(c.wake_s, 3), "same": c.same, "residual": dict(c.residual)}
+            for c in test.cycles
+        ],
+        "before": dict(test.before),
+        "proved": test.proof is not None,
+        "frees": test.proof.freed if test.proof is not None and test.proof.freed >= FREED_LEAST else 0,
+        "result": test.result,
+        "age_s": round(now - test.since, 1),
     }
 
 

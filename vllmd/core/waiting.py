@@ -11,7 +11,7 @@ from vllmd.units import count, gib
 
 
 def busy_word(world: World, busy: Iterable[str]) -> str:
-    return "is measuring its memory" if any(world.instances[b].measuring for b in busy) else "is stopping"
+    return "is measuring its memory" if any(world.instances[b].measuring for b in busy) else "is moving memory"
 
 
 def hold_in_line(world: World, inst: Instance, blocked: Blocked, cause: Cause, coming: tuple[str, ...]) -> None:
@@ -29,6 +29,8 @@ def hold_in_line(world: World, inst: Instance, blocked: Blocked, cause: Cause, c
 
 def departure(inst: Instance) -> str:
     """How far one who makes room is: "chat finishes 2 requests first"."""
+    if inst.state is State.DOZING:
+        return f"{inst.id} falls asleep"
     if inst.state is not State.READY:
         return f"{inst.id} is stopping"
     return f"{inst.id} finishes {count(max(1, inst.under_way + inst.direct), 'request')} first"

@@ -4,6 +4,7 @@ import signal
 from dataclasses import dataclass
 
 from vllmd.core.ledger import device_label
+from vllmd.core.proofs import proof_of
 from vllmd.core.states import State
 from vllmd.core.world import Instance, World
 from vllmd.facts import Phase
@@ -22,6 +23,8 @@ PHASES = {
     Phase.HTTP: ("opening the port", "opening port"),
 }
 SILENT_KINDS = ("no-device", "device-silent")  # of causes that pass when a device answers again
+#: Why one goes that goes for no other model (loans.LENT, sleep.REST).
+AWAY = {"(lent)": "its memory is lent", "(sleep)": "an operator wants it asleep"}
 QUIET = 30.0  # seconds without a sign of life before a start says so
 
 
@@ -47,6 +50,8 @@ class Outlook:
 def outlook(world: World, inst: Instance, now: float) -> Outlook:
     """Finished phases count with what they usually take, the current one never with all of it: it cannot go back."""
     learned = world.learned.get(inst.key)
+    if inst.state is State.WAKING and (proof := proof_of(world, inst)) is not None:
+        return Outlook(None, max(0.0, proof.wake_s - (now - inst.since)), learned.total if learned else None)
     if learned is None or not learned.total or inst.state is not State.STARTING:
         return Outlook(None, None, learned.total if learned and learned.total else None)
     order = list(Phase)
@@ -72,6 +77,8 @@ def explain(world: World, inst: Instance, now: float) -> Why:
             return starting(world, inst, now)
         case State.READY:
             return ready(world, inst, now)
+        case State.DOZING | State.ASLEEP | State.WAKING:
+            return asleep(world, inst)
         case State.DRAINING:
             return draining(inst, now)
         case State.STOPPING:
@@ -135,8 +142,12 @@ def ready(world: World, inst: Instance, now: float) -> Why:
         begun = inst.under_way + inst.direct
         most = span(max(0.0, inst.shut_at + inst.spec.max_drain - now))
         requests = count(begun, "request")
+        if inst.trial and inst.trial.on:
+            return Why("swap-test", f"{requests} left, then its sleep is tested", "swap-test")
         if inst.shut_for not in world.instances:
-            return Why("draining", f"{requests} left, then it ends: it was idle for its ttl", "idle, ending")
+            why = AWAY.get(inst.shut_for, "it was idle for its ttl")
+            text = f"{requests} left, then it {'sleeps' if inst.dozes else 'ends'}: {why}"
+            return Why("draining", text, "idle, sleeps soon" if inst.dozes else "idle, ending")
         text = f"{requests} left, then it makes room for {inst.shut_for}, in at most {most}"
         return Why("draining", text, f"{begun} left, for {inst.shut_for}"[:24])
     promise = world.ledger.held.get(inst.id, {})
@@ -152,6 +163,24 @@ def ready(world: World, inst: Instance, now: float) -> Why:
             )
             return Why("overrun", text, f"{gib(over)} over", (Remedy(helps),))
     return Why("", inst.leak, "")
+
+
+def asleep(world: World, inst: Instance) -> Why:
+    """How deep, what it keeps, and how long waking takes."""
+    proof = proof_of(world, inst)
+    trial = inst.trial if inst.trial and inst.trial.on else None
+    note = f" · swap-test, {len(trial.cycles)} done" if trial else ""
+    usual = f", awake in about {seconds(proof.wake_s)}" if proof else ""
+    match inst.state:
+        case State.DOZING if inst.drain_held:
+            return Why("dozing", "its sleep waits until a neighbour has measured its memory", "waits for neighbour")
+        case State.DOZING:
+            return Why("dozing", "gives its memory back" + note, "falling asleep")
+        case State.WAKING:
+            return Why("waking", "takes its memory back" + usual + note, "waking")
+    kept = gib(sum(world.ledger.held.get(inst.id, {}).values()))
+    waits = f"; {count(inst.line, 'request')} in line: {inst.waiting_text}" if inst.line else ""
+    return Why("asleep", f"asleep, {kept} kept{usual}{note}{waits}", f"{kept} kept")
 
 
 def seconds(value: float) -> str:

@@ -12,10 +12,38 @@ from vllmd.core.launch import Places
 from vllmd.core.ledger import Ledger
 from vllmd.core.states import HOLDING, IllegalMove, Move, State, next_state
 from vllmd.events import Answer, Command, Note, Open, Refuse, Shut
-from vllmd.facts import Figures, Inspection, Launch, Learned, Need, Phase
+from vllmd.facts import Figures, Inspection, Launch, Learned, Need, Phase, Proof
 from vllmd.spec import Cause, ModelSpec, Settings
 
 STORY_LENGTH = 200  # notes kept to be logged if the core ever raises
+TRIAL = "(swap-test)"  # in the place of whom an instance is shut for
+
+
+@dataclass(frozen=True, slots=True)
+class Cycle:
+    """Once asleep and awake again. Seconds; bytes in use while it slept, by device; `same` as in Woke."""
+
+    sleep_s: float
+    wake_s: float
+    residual: Mapping[str, int]
+    same: bool | None
+
+
+@dataclass(slots=True)
+class Trial:
+    """A swap-test. Its model is shut meanwhile, and what it gives back is given to nobody. `result` is empty until it is
+    over."""
+
+    level: int
+    since: float
+    before: Mapping[str, int] = field(default_factory=dict)  # in use when it went to sleep first
+    cycles: list[Cycle] = field(default_factory=list)
+    proof: Proof | None = None
+    result: str = ""
+
+    @property
+    def on(self) -> bool:
+        return not self.result
 
 
 @dataclass(slots=True)
@@ -96,6 +124,16 @@ class Instance:
     shut_at: float = 0.0
     told_empty: bool = False  # the gateway has said that nothing is under way since it was shut
     peak: dict[str, int] = field(default_factory=dict)  # most bytes seen in use, by device
+
+    # asleep
+    dozes: bool = False  # it makes room by sleeping
+    full: Mapping[str, int] = field(default_factory=dict)  # what is promised to it while it is awake
+    slept_at: float = 0.0  # when its engine said so; 0 = not yet
+    slept_s: float = 0.0  # what that took
+    kept: Mapping[str, int] = field(default_factory=dict)  # in use since, by device
+    residual: Mapping[str, int] = field(default_factory=dict)  # ... after the first sleep of this attempt
+    roused_at: float = 0.0  # since when an operator wants it awake; 0 = nobody does
+    trial: Trial | None = None  # the latest
     over_since: float | None = None
 
     # the end
@@ -129,6 +167,9 @@ class World:
     attempts: dict[str, int] = field(default_factory=dict)  # instance -> its latest attempt, kept when it is removed
     learned: dict[str, Learned] = field(default_factory=dict)
     now: float = 0.0  # of the event that is being handled
+    proofs: dict[str, Proof] = field(
+        default_factory=dict
+    )  # by the key of the learned need: whose sleep may be relied on
     seen: dict[str, float] = field(default_factory=dict)  # device -> time of its last reading
     good: dict[str, Mapping[str, str]] = field(default_factory=dict)  # model -> what its last good start ran with
     trouble: str = ""  # of the devices
@@ -167,9 +208,11 @@ class World:
         self.dirty.add(inst.id)
         if state not in HOLDING:
             self.ledger.release(inst.id)
-        if state is not State.WAITING:
+        if state not in (State.WAITING, State.ASLEEP):
             inst.claim, inst.made_by = {}, ()
-        if state is State.READY:
+        if state is State.READY and inst.trial and inst.trial.on:
+            inst.shut_for, inst.shut_at, inst.told_empty = TRIAL, now, True  # its door was not opened
+        elif state is State.READY:
             self.open(inst)
         elif old is State.READY:
             self.shut(inst)
@@ -179,7 +222,7 @@ class World:
     def open(self, inst: Instance) -> None:
         """Requests may come."""
         assert inst.launch is not None
-        inst.shut_for, inst.told_empty = "", False
+        inst.shut_for, inst.told_empty, inst.dozes = "", False, False
         self.emit(Open(inst.id, inst.attempt, inst.spec.name, inst.launch.endpoint))
 
     def shut(self, inst: Instance, for_whom: str = "") -> None:

@@ -128,6 +128,20 @@ COMMANDS: dict[str, Command] = {
         LEND | WAIT,
         "vllmctl lend 6GiB --for 2h\nvllmctl lend --end",
     ),
+    "swap-test": Command(
+        "swaptest:run", "put a model to sleep and wake it 5 times; its sleep is used only after that", "MODEL", WAIT,
+        "vllmctl swap-test dots-ocr",
+    ),
+    "sleep": Command("swaptest:rest", "have a model give its memory back and keep its processes", "MODEL", WAIT),
+    "wake": Command("swaptest:wake", "wake a model that sleeps", "MODEL", WAIT),
+    "key": Command(
+        "key:run", "make an API key; needs no daemon", "NAME",
+        {
+            "--scope": {"action": "append", "choices": ("infer", "read", "admin"), "help": "what it is good for (infer)"},
+            "--model": {"action": "append", "metavar": "MODEL", "help": "a model that it may ask (all)"},
+        },
+        "vllmctl key alice\nvllmctl key monitor --scope read",
+    ),
     "validate": Command(
         "configuration:validate", "check a configuration file; needs no daemon", "FILE?",
         examples="vllmctl validate /etc/vllmd/vllmd.toml",
@@ -164,6 +178,7 @@ NARGS: dict[str, dict[str, Any]] = {
     "MODEL": {"dest": "model", "metavar": "MODEL"},
     "MODELS": {"dest": "models", "metavar": "MODEL", "nargs": "*"},
     "MODELS?": {"dest": "models", "metavar": "MODEL", "nargs": "*"},
+    "NAME": {"dest": "name", "metavar": "NAME"},
     "SIZE?": {"dest": "size", "metavar": "SIZE", "nargs": "?"},
     "FILE?": {"dest": "file", "metavar": "FILE", "nargs": "?"},
     "SHELL": {"dest": "shell", "choices": ("bash", "zsh", "fish")},

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SILENCE = 15.0  # seconds; vllmd sends its clock each 5
 RETRY = (0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between attempts to come back
 FRESH = 1.0  # seconds after which a moving picture is asked for anew
-MOVING = ("starting", "waiting", "backoff", "draining", "stopping")
+MOVING = ("starting", "waiting", "backoff", "dozing", "waking", "draining", "stopping")
 RISING, FALLING = ("since_s", "elapsed_s", "silent_s", "uptime_s"), ("eta_s", "deadline_s")
 
 

@@ -37,6 +37,7 @@ def run(call: Call) -> int:
     if sys.stdout.isatty():
         print_lines([f"The key of {args.name}, shown this once:", "", f"  {key}", ""])
         print_lines(["For vllmd.toml, then `vllmctl reload`:", "", *(f"  {line}" for line in lines)])
-    else:
-        print_lines([f"# {key}", *lines])
+    else:  # `vllmctl key NAME >> vllmd.toml`: the file gets the hash, and only who looks on the key
+        print(key, file=sys.stderr)
+        print_lines(lines)
     return OK

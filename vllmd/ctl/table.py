@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 ORDER = tuple(SIGNS)  # rows: up, on the way, asleep, trouble, stopped
-MOVING = ("starting", "waiting", "draining", "stopping")
+MOVING = ("starting", "waiting", "dozing", "waking", "draining", "stopping")
 TROUBLE = ("backoff", "failed")
-LOADED = ("ready", "starting", "draining", "stopping", "asleep")
+LOADED = ("ready", "starting", "dozing", "asleep", "waking", "draining", "stopping")
 SHORT = 24  # columns of why.short, by contract
 PHASES = {
     "import": "importing vLLM",
@@ -137,12 +137,15 @@ def _cells(model: dict[str, Any]) -> list[str]:
     return [
         clean(model.get("state")),
         memory(model),
-        *(f"{field(model, key):.0f}" if field(model, key) >= 0.5 else "" for key in RATES),
+        *(f"{rate:.0f}" if rate >= 0.5 else "" for rate in rates(model)),
         "" if since is None else span(since),
     ]
 
 
-RATES = ("requests_running", "requests_waiting", "tokens_per_s")
+def rates(model: dict[str, Any]) -> tuple[float, float, float]:
+    """Requests that run, that wait (in the engine or for it), and tokens per second."""
+    waiting = field(model, "requests_waiting") + field(model, "requests_in_line")
+    return field(model, "requests_running"), waiting, field(model, "tokens_per_s")
 
 
 def memory(model: dict[str, Any]) -> str:

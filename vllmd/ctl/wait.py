@@ -99,7 +99,7 @@ def verdict(verb: str, model: dict[str, Any]) -> int | None:
     state = model.get("state")
     if verb == "stop":
         return OK if state in ("stopped", "failed") else None  # failed holds nothing either
-    if state in ("ready", "asleep"):
+    if state == "ready":
         return OK
     return FAILED if state in ("failed", "stopped") else None
 

@@ -89,11 +89,11 @@ def access_of(key: ApiKey | None) -> Access:
 
 
 def is_local(request: web.BaseRequest) -> bool:
-    """Whether the request comes from this machine."""
+    """Whether the request comes from this machine. Of one that has gone meanwhile nobody knows it: it does not."""
     transport = request.transport
     peer = None if transport is None else transport.get_extra_info("peername")
     if not isinstance(peer, tuple):
-        return True  # a unix socket
+        return isinstance(peer, str | bytes)  # a unix socket
     host = str(peer[0])
     if host == "127.0.0.1":
         return True

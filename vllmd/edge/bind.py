@@ -63,15 +63,31 @@ def make_tls(spec: HttpSpec) -> ssl.SSLContext | None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(spec.tls_cert, spec.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        named = f"{spec.tls_cert} and {spec.tls_key}"
-        why = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise ListenError(
-            f"cannot use {named} for TLS: {why} (the key must be the certificate's, both in PEM)"
-        ) from None
+    read_certificate(context, spec)
     return context
+
+
+def read_certificate(context: ssl.SSLContext, spec: HttpSpec) -> None:
+    """Have `context` show the certificate of `spec`. Raises ListenError; the context may then hold half of it."""
+    cert, key = spec.tls_cert, spec.tls_key
+    if cert is None or key is None:  # the configuration has both or none
+        return
+    for path in (cert, key):
+        try:
+            path.open("rb").close()  # what the ssl module raises for a file does not name it
+        except OSError as error:
+            hint = "[http] tls_cert and tls_key are files that vllmd's user may read"
+            raise ListenError(f"cannot read {path}: {error.strerror or error} ({hint})") from None
+
+    def no_phrase() -> str:
+        raise ListenError(f"cannot use {key} for TLS: it has a passphrase (openssl pkey -in OLD -out NEW takes it off)")
+
+    try:
+        context.load_cert_chain(cert, key, no_phrase)  # without the third OpenSSL would ask at the terminal, and wait
+    except OSError as error:  # ssl.SSLError is one
+        why = getattr(error, "reason", None) or error.strerror or error
+        hint = "the key must be the certificate's, both in PEM"
+        raise ListenError(f"cannot use {cert} and {key} for TLS: {why} ({hint})") from None
 
 
 async def bind_aside(path: Path, group: str) -> tuple[socket.socket, Inode]:

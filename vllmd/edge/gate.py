@@ -37,6 +37,7 @@ class Limits:
     connections: int = 500
     web_connections: int = 4096
     request: float = 30.0  # until a request is complete; also how long a connection may idle
+    handshake: float = 10.0  # until TLS is agreed upon; only then a connection counts among `web_connections`
     patience: float = 30.0  # without taking anything of what it is sent
     grace: float = 0.3  # when the daemon ends: until a request that is on its way has come
     goodbye: float = 0.4  # and that a response in progress gets
@@ -170,7 +171,8 @@ class Gate:
         allowed = {
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Allow-Methods": "GET, POST",
-            "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Api-Key, X-Request-Id, Anthropic-Version",
+            # "*" is for the dozen that the official clients send; it does not cover Authorization.
+            "Access-Control-Allow-Headers": "Authorization, *",
             "Access-Control-Max-Age": "600",
             "Vary": "Origin",
         }

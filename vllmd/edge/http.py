@@ -21,7 +21,7 @@ from aiohttp import web
 
 from vllmd.edge.auth import Guard
 from vllmd.edge.backend import Backend, Front, Refused
-from vllmd.edge.bind import BACKLOG, bind_aside, bind_tcp, make_tls, unlink
+from vllmd.edge.bind import BACKLOG, bind_aside, bind_tcp, make_tls, read_certificate, unlink
 from vllmd.edge.bind import ListenError as ListenError  # what `open` raises
 from vllmd.edge.gate import Gate, Limits, own_names, refuse
 from vllmd.edge.stream import EventLog, encode
@@ -175,8 +175,11 @@ class Listeners:
             if self._web:
                 names = own_names([host for host, _ in self._spec.listen])
                 factory = self._factory(names, self._limits.web_connections)
+                within = None if self._tls is None else self._limits.handshake
                 while self._web:
-                    server = await loop.create_server(factory, sock=self._web[0], backlog=BACKLOG, ssl=self._tls)
+                    server = await loop.create_server(
+                        factory, sock=self._web[0], backlog=BACKLOG, ssl=self._tls, ssl_handshake_timeout=within
+                    )
                     self._open.append(server)
                     del self._web[0]
         except BaseException:
@@ -194,17 +197,19 @@ class Listeners:
 
     def reconfigure(self, spec: HttpSpec, keys: Mapping[str, ApiKey]) -> str:
         """A reloaded configuration: keys, names and origins, and the certificate read again, for who connects from now on. What
-        is wrong with the certificate, which is then as before, else ""."""
+        is wrong with TLS, which is then as before, else ""."""
         self._spec = spec
         self._guard.reconfigure(spec, keys)
         for gate in self._gates:
             gate.reconfigure(spec)
-        if self._tls is None or spec.tls_cert is None:
+        if (self._tls is None) != (spec.tls_cert is None):
+            return f"a restart of vllmd is needed to {'end' if self._tls else 'begin'} TLS; until then it is as before"
+        if self._tls is None:
             return ""
         try:
             make_tls(spec)  # a trial: half a certificate in the one that is in use would be worse than the old one
-            self._tls.load_cert_chain(spec.tls_cert, spec.tls_key)
-        except (ListenError, OSError) as error:
+            read_certificate(self._tls, spec)
+        except ListenError as error:
             return f"{error}; the old certificate stays"
         return ""
 

@@ -14,7 +14,9 @@ from prometheus_client.registry import Collector
 from vllmd.edge.backend import Backend, Tallies
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-STATES: Final = ("stopped", "waiting", "starting", "ready", "draining", "stopping", "backoff", "failed")
+STATES: Final = (
+    "stopped", "waiting", "starting", "ready", "dozing", "asleep", "waking", "draining", "stopping", "backoff", "failed",
+)  # fmt: skip
 DEVICE_BYTES: Final = {
     "total": "Physical memory.",
     "budget": "What may be reserved in all.",
@@ -29,6 +31,7 @@ MODEL_BYTES: Final = {
     "need": "What the model needs on each device; 0 = not known.",
 }
 MODEL_GAUGES: Final = {
+    "vllmd_model_requests_in_line": ("requests_in_line", "Requests that wait for it in the gateway."),
     "vllmd_model_requests_running": ("requests_running", "Requests in the engine."),
     "vllmd_model_requests_waiting": ("requests_waiting", "Requests in the engine's queue."),
     "vllmd_model_tokens_per_second": ("tokens_per_s", "Tokens generated per second."),
@@ -105,9 +108,25 @@ class _Scrape(Collector):
         for (model, phase), value in sorted(tallies.start_seconds.items()):
             seconds.add_metric((model, phase), value)
         yield seconds
+        yield GaugeMetricFamily(
+            "vllmd_gateway_held_bytes", "Bodies of requests that are held.", value=tallies.held_bytes
+        )
+        for name, meaning, labels, pairs in (
+            ("vllmd_swaps", "Models that made room for another.", ("model", "for"), tallies.swaps),
+            ("vllmd_gateway_answers", "Requests answered by engines.", ("model", "status"), tallies.answers),
+            ("vllmd_gateway_refusals", "Requests refused by vllmd.", ("status", "code"), tallies.refusals),
+        ):
+            family = CounterMetricFamily(name, meaning, labels=labels)
+            for key, times in sorted(pairs.items()):
+                family.add_metric(key, times)
+            yield family
         for name, meaning, counts in (
             ("vllmd_hangs", "Engines that hung.", tallies.hangs),
             ("vllmd_overruns", "Uses beyond the reservation.", tallies.overruns),
+            ("vllmd_idle_stops", "Stops because of its ttl.", tallies.idle_stops),
+            ("vllmd_gateway_retries", "Requests asked anew because the engine died.", tallies.retries),
+            ("vllmd_gateway_waits", "Requests that stood in line.", tallies.waits),
+            ("vllmd_gateway_wait_seconds", "What they waited in all.", tallies.wait_seconds),
         ):
             family = CounterMetricFamily(name, meaning, labels=("model",))
             for model in self._models:

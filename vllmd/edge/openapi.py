@@ -15,6 +15,7 @@ from vllmd.edge.schemas import schemas
 SCHEMA_OF_KIND: dict[Kind, dict[str, Any]] = {
     Kind.FLAG: {"type": "boolean"},
     Kind.INTEGER: {"type": "integer", "minimum": 0},
+    Kind.SIZE: {"type": ["string", "integer"], "examples": ["6GiB", 6442450944]},
     Kind.DURATION: {"type": ["string", "number"], "examples": ["10m", 600]},
     Kind.STRING: {"type": "string", "maxLength": 1000},
     Kind.NAMES: {"type": "array", "items": {"type": "string"}},
@@ -31,10 +32,18 @@ def describe(routes: Sequence[Route]) -> dict[str, Any]:
         "info": {
             "title": "vllmd",
             "version": __version__,
-            "description": "Served on the unix socket, where every caller is an admin, and on TCP, where all may read.",
+            "description": "Served on the unix socket, where every caller is an admin, and on TCP, where a key says what one may do; "
+            "on this machine one may read without.",
         },
         "paths": paths,
-        "components": {"schemas": schemas()},
+        "security": [{"key": []}, {"x-api-key": []}, {}],
+        "components": {
+            "schemas": schemas(),
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
     }
 
 
@@ -126,10 +135,13 @@ HTTP and JSON on the unix socket (`/run/vllmd.sock`) and on the addresses of `[h
     curl --unix-socket /run/vllmd.sock http://vllmd/api/v1/status
     curl --unix-socket /run/vllmd.sock -X POST http://vllmd/api/v1/models/NAME/start
 
-**Access.** `{Access.OPEN}` and `{Access.READ}` routes answer everybody who reaches them, `{Access.ADMIN}` routes only
-on the unix socket: whoever its file mode lets in (root, the user that vllmd runs as, group vllmd) is an admin. On TCP
-they answer 403. Every change is logged with the caller's uid and pid. On TCP the Host header must name this machine
-(421 otherwise) and Origin, where a browser sends it, the same host: a page of another site can neither read nor ask.
+**Access.** `{Access.OPEN}` routes answer everybody who reaches them. On the unix socket everybody is an admin whom its file
+mode lets in (root, the user that vllmd runs as, group vllmd). Over TCP `Authorization: Bearer KEY` or `x-api-key: KEY` says
+who asks: a key with the scope `read` opens `{Access.READ}` routes, `admin` all. Without a key who comes from this machine may use
+`{Access.READ}` routes, unless `open_loopback = false`. 401 = a key is needed, or is not known; 403 = it is not for this. Every
+change is logged with the caller's uid and pid, or the name of the key. On TCP the Host header must name this machine (421
+otherwise; `[http] hosts` adds names) and Origin, where a browser sends it, the same host: a page of another site can neither
+read nor ask. With `tls_cert` TCP speaks TLS only. The paths for models (`/v1/...`): [gateway.md](gateway.md).
 
 **Asking.** Parameters stand in the query (`?now=1`, lists with commas) or in a JSON object as the body; the body
 wins. Unknown ones are refused. A wish is answered at once: 202 = accepted, its progress comes over the events; 200 =
@@ -147,7 +159,7 @@ is older than the last 2000 events, or of an earlier run, gives `lost` and a sna
 the same. `?follow=0` gives what is remembered as JSON lines.
 
 **Bounds.** Body 1 MiB, a header line 8 KiB, 128 header lines; a request must be complete within 30 s; a client that
-takes nothing for 30 s is cut off; 500 connections on the socket and 500 on TCP, further ones get 503."""
+takes nothing for 30 s is cut off; 500 connections on the socket and 4096 on TCP, further ones get 503."""
 
 
 if __name__ == "__main__":

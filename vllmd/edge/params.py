@@ -15,7 +15,7 @@ from typing import Any
 from aiohttp import web
 
 from vllmd.edge.backend import Refused
-from vllmd.units import parse_duration
+from vllmd.units import parse_duration, parse_size
 
 BODY_MAX = 1 << 20  # bytes; the limit that aiohttp's read() has by default
 NAMES_MAX = 1000
@@ -27,6 +27,7 @@ class Kind(StrEnum):
 
     FLAG = "flag"  # true, false, 1, 0, yes, no; in a query also nothing at all
     INTEGER = "integer"
+    SIZE = "size"  # "6GiB", or a number of bytes
     DURATION = "duration"  # "10m", or a number of seconds
     STRING = "string"
     NAMES = "names"  # a list of strings; in a query separated by commas
@@ -79,6 +80,12 @@ def read_integer(value: Any) -> int:
     raise ValueError(value)
 
 
+def read_size(value: Any) -> int:
+    """Bytes of "6GiB", "600" or 600; from 0 to INTEGER_MAX."""
+    spelt = isinstance(value, str) and re.search(r"[A-Za-z]", value)
+    return read_integer(parse_size(value) if spelt else value)
+
+
 def read_seconds(value: Any) -> float:
     """Seconds of "10m", "600" or 600."""
     if isinstance(value, bool):
@@ -109,6 +116,7 @@ def read_names(value: Any) -> tuple[str, ...]:
 READERS = {
     Kind.FLAG: read_flag,
     Kind.INTEGER: read_integer,
+    Kind.SIZE: read_size,
     Kind.DURATION: read_seconds,
     Kind.STRING: read_string,
     Kind.NAMES: read_names,
@@ -116,6 +124,7 @@ READERS = {
 WORDS = {
     Kind.FLAG: "true or false",
     Kind.INTEGER: "a whole number, 0 or more",
+    Kind.SIZE: 'a size such as "6GiB", or bytes',
     Kind.DURATION: 'a duration such as "10m", or seconds',
     Kind.STRING: "a text of at most 1000 characters",
     Kind.NAMES: f"a list of at most {NAMES_MAX} names",

@@ -27,6 +27,12 @@ POOLING: Final = frozenset({"embed", "embedding", "embeddings", "rerank", "score
 NOT_SERVED: Final = frozenset({400, 401, 403, 404, 405, 422})
 
 
+ANSWER_TOKENS: Final = 8  # enough for a model that lost its weights to say something else
+ALIKE: Final = 1e-2  # of two vectors' numbers
+
+Words = str | tuple[float, ...]
+
+
 class ProbeError(Exception):
     """The engine could not be asked, or its answer could not be read: why."""
 
@@ -94,6 +100,46 @@ class Probe:
                 return False
         return None
 
+    async def answer(
+        self, endpoint: str, model: str, categories: Collection[str] = (), timeout: float = 30.0
+    ) -> Words | None:
+        """What the engine answers to a fixed request, greedily: a text, or a vector. None: nothing that could be compared.
+        Raises ProbeError when it does not answer."""
+        for kind in self._order(endpoint, model, categories):
+            path, body = KINDS[kind]
+            more = {"max_tokens": ANSWER_TOKENS, "temperature": 0, "seed": 0} if kind == "completions" else {}
+            status, raw = await ask(endpoint, "POST", path, {"model": model, **body, **more}, timeout)
+            if status < 300:
+                self._kinds[endpoint, model] = kind
+                return read_words(raw)
+            if status not in NOT_SERVED:
+                raise ProbeError(f"{path} answers with status {status}")
+        return None
+
+    async def sleep(self, endpoint: str, level: int, timeout: float) -> None:
+        """Put the engine to sleep at level 1 or 2; returns when it sleeps. Raises ProbeError."""
+        await tell(endpoint, f"/sleep?level={level}&mode=wait", timeout)
+        if not await self.sleeping(endpoint):
+            raise ProbeError("it says that it does not sleep")
+
+    async def wake(self, endpoint: str, level: int, timeout: float) -> None:
+        """Wake it. At level 2 its weights were dropped: they are loaded again before there is a KV cache, and what was computed
+        with the old ones is forgotten. Raises ProbeError."""
+        if level == 1:
+            await tell(endpoint, "/wake_up", timeout)
+        else:
+            await tell(endpoint, "/wake_up?tags=weights", timeout)
+            await tell(endpoint, "/collective_rpc", timeout, {"method": "reload_weights"})
+            await tell(endpoint, "/wake_up?tags=kv_cache", timeout)
+            await tell(endpoint, "/reset_prefix_cache", timeout)
+        if await self.sleeping(endpoint):
+            raise ProbeError("it says that it still sleeps")
+
+    async def sleeping(self, endpoint: str, timeout: float = 5.0) -> bool:
+        """Whether it says so. Raises ProbeError."""
+        value = await get_json(endpoint, "/is_sleeping", timeout)
+        return isinstance(value, dict) and value.get("is_sleeping") is True
+
     def _order(self, endpoint: str, model: str, categories: Collection[str]) -> list[str]:
         kinds = list(KINDS)
         if POOLING & {each.lower() for each in categories}:
@@ -149,6 +195,29 @@ def number(sample: bytes) -> float:
     return value
 
 
+# -- answers to compare -----------------------------------------------------------------------------------------------
+
+
+def read_words(raw: bytes) -> Words | None:
+    """The text or the vector in an answer; None where neither is found."""
+    try:
+        match json.loads(raw):
+            case {"choices": [{"text": str(text)}, *_]}:
+                return text
+            case {"data": [{"embedding": [*numbers]} | {"data": [*numbers]}, *_]}:
+                return tuple(float(number) for number in numbers)
+    except (ValueError, TypeError, RecursionError):
+        pass
+    return None
+
+
+def alike(one: Words, other: Words) -> bool:
+    """Whether two answers are the same, vectors up to rounding."""
+    if isinstance(one, str) or isinstance(other, str):
+        return one == other
+    return len(one) == len(other) and all(abs(a - b) <= ALIKE for a, b in zip(one, other, strict=True))
+
+
 # -- HTTP -------------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +230,13 @@ async def get_json(endpoint: str, path: str, timeout: float) -> Any:
         return json.loads(body)
     except (ValueError, RecursionError):
         raise ProbeError(f"cannot read {path}: no JSON") from None
+
+
+async def tell(endpoint: str, path: str, timeout: float, value: Any = None) -> None:
+    """POST what must succeed. Raises ProbeError."""
+    status, body = await ask(endpoint, "POST", path, value, timeout)
+    if status >= 300:
+        raise ProbeError(f"{path} answers with status {status}: {body[:200].decode(errors='replace')}")
 
 
 async def ask(endpoint: str, method: str, path: str, value: Any = None, timeout: float = 5.0) -> tuple[int, bytes]:

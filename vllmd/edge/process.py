@@ -44,6 +44,7 @@ INHERITED = frozenset(
 INHERITED_PREFIXES = ("LC_", "HF_", "TRANSFORMERS_", "NCCL_", "NVIDIA_")
 
 _leaders: "dict[int, Child]" = {}  # our own children that are not closed yet, by pid
+_parked: set[int] = set()  # our own children that wait to become an engine
 
 # argv stays the real one: the shell becomes it. A cgroup that cannot be entered costs accounting, not the start.
 _ENTER_CGROUP = 'echo 0 > "$0"; exec "$@"'
@@ -116,12 +117,14 @@ class Child:
         self.reap()
         if _leaders.get(self.pid) is self:
             del _leaders[self.pid]
+        _parked.discard(self.pid)
         os.close(self.pidfd)
         self.pidfd = -1
 
 
-def spawn(launch: Launch, *, log_fd: int, cwd: Path, cgroup: Path | None = None) -> Child:
-    """Start the engine; a few milliseconds, on the main thread. The caller keeps and closes `log_fd`.
+def spawn(launch: Launch, *, log_fd: int, cwd: Path, cgroup: Path | None = None, control: int | None = None) -> Child:
+    """Start the engine; a few milliseconds, on the main thread. The caller keeps and closes `log_fd`. With `control`, a
+    descriptor for it to keep, it is no engine yet: `enlist` makes it one.
 
     Raises OSError when it cannot be executed (in a cgroup: exit status 126 or 127 of the shell that tries).
     """
@@ -132,6 +135,7 @@ def spawn(launch: Launch, *, log_fd: int, cwd: Path, cgroup: Path | None = None)
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd, cwd=cwd,
             env=environment(launch, os.environ), start_new_session=True, umask=0o077,
+            pass_fds=() if control is None else (control,),
         )  # fmt: skip
     process.returncode = 0  # disown: Popen would reap it behind our back, and warn when it is collected
     pidfd = os.pidfd_open(process.pid)  # not reaped, so the number is still its own
@@ -141,7 +145,21 @@ def spawn(launch: Launch, *, log_fd: int, cwd: Path, cgroup: Path | None = None)
         os.close(pidfd)
         raise OSError(f"cannot watch pid {process.pid}: no /proc entry (is /proc mounted, and not with hidepid=2?)")
     child = Child(stat.member, pidfd, launch.cookie, launch.endpoint, launch.scratch, cgroup, _file(os.fstat(log_fd)))
-    _leaders[process.pid] = child
+    if control is None:
+        _leaders[process.pid] = child
+    else:
+        _parked.add(process.pid)
+    return child
+
+
+def enlist(parked: Child, launch: Launch, *, log_fd: int, cgroup: Path | None = None) -> Child:
+    """A parked process that has become this launch's engine, as `spawn` would return it. `parked` is used up."""
+    stat = read_stat(parked.pid)
+    leader = stat.member if stat is not None else parked.leader
+    child = Child(leader, parked.pidfd, launch.cookie, launch.endpoint, launch.scratch, cgroup, _file(os.fstat(log_fd)))
+    parked.pidfd = -1
+    _leaders[child.pid] = child  # first: who looks from another thread must not find it nowhere
+    _parked.discard(child.pid)
     return child
 
 
@@ -193,6 +211,11 @@ def inherited(own: Mapping[str, str]) -> dict[str, str]:
 def leaders() -> dict[int, Child]:
     """The engines that we have started and not let go of, by pid. From any thread."""
     return dict(_leaders)
+
+
+def parked() -> frozenset[int]:
+    """Those of our children that wait to become an engine. From any thread."""
+    return frozenset(_parked)
 
 
 def _file(found: os.stat_result) -> tuple[int, int] | None:

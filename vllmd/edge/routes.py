@@ -228,9 +228,9 @@ async def reload(call: Call) -> web.StreamResponse:
 
 async def lend(call: Call) -> web.StreamResponse:
     size, seconds = call.args["size"], call.args["for"]
-    if size is None or size < 0 or (size > 0 and seconds is None):
+    if size is None or (size > 0 and seconds is None):
         raise Refused(
-            400, "bad-parameter", "how much, and for how long?", 'give "size" (bytes; 0 = take all back) and "for"'
+            400, "bad-parameter", "how much, and for how long?", 'give "size" ("6GiB"; 0 = take all back) and "for"'
         )
     call.backend.changed(call.caller, f"lend of {size} bytes", ())
     async with asyncio.timeout(ANSWER_WITHIN):
@@ -261,7 +261,7 @@ LOG = (
     Param("follow", Kind.FLAG, "go on with what comes, as server-sent events", False),
 )
 LOAN = (
-    Param("size", Kind.INTEGER, "bytes; 0 takes all back"),
+    Param("size", Kind.SIZE, "so much; 0 takes all back"),
     Param("for", Kind.DURATION, "for so long"),
     Param("device", Kind.STRING, "its index or UUID; the one where the least must go"),
 )
@@ -277,6 +277,9 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", MODEL + "/start", ADMIN, ask_one(Verb.START), "Answer", "Start a model", (NOW,), Body.JSON),
     Route("POST", MODEL + "/stop", ADMIN, ask_one(Verb.STOP), "Answer", "Stop a model", (NOW,), Body.JSON),
     Route("POST", MODEL + "/restart", ADMIN, ask_one(Verb.RESTART), "Answer", "Restart a model", (NOW,), Body.JSON),
+    Route("POST", MODEL + "/sleep", ADMIN, ask_one(Verb.SLEEP), "Answer", "Have it sleep", (NOW,), Body.JSON),
+    Route("POST", MODEL + "/wake", ADMIN, ask_one(Verb.WAKE), "Answer", "Wake it, or start it", (NOW,), Body.JSON),
+    Route("POST", MODEL + "/swap-test", ADMIN, ask_one(Verb.SWAP_TEST), "Answer", "Test its sleep", (NOW,), Body.JSON),
     Route("POST", "/api/v1/start", ADMIN, ask_many(Verb.START), "Answers", "Start several", SOME, Body.JSON),
     Route("POST", "/api/v1/stop", ADMIN, ask_many(Verb.STOP), "Answers", "Stop several", SOME, Body.JSON),
     Route("POST", "/api/v1/restart", ADMIN, ask_many(Verb.RESTART), "Answers", "Restart several", SOME, Body.JSON),

@@ -20,6 +20,8 @@ pid             integer         of vllmd
 host            string          name of the machine
 uptime_s        seconds         since the daemon started
 config          string          path of the configuration file
+http            string[]        addresses of the gateway and of this API over TCP
+spare           bytes           host memory of processes that have imported vLLM beforehand; 0 = none is parked
 access          string          what the caller of this request may do: "read" or "admin"
 closing         boolean         everything is being ended
 trouble         string          what is wrong with reading the devices; empty = nothing
@@ -52,7 +54,7 @@ used            bytes           memory of the device that it uses
 name            string          name in the configuration
 model           string          hub id or path
 category        string[]        as configured
-state           string          stopped, waiting, starting, ready, draining, stopping, backoff or failed
+state           string          stopped, waiting, starting, ready, dozing, asleep, waking, draining, stopping, backoff or failed
 wanted          boolean         somebody wants it up
 autostart       boolean         as configured
 pinned          boolean         as configured: never makes room for others
@@ -88,7 +90,24 @@ idle_s          seconds?        ready and unused for so long; null = in use, or 
 unloads_in_s    seconds?        until it is stopped for being idle (ttl)
 makes_room_for  string?         the model that it empties and ends for
 waits_for       string[]        the models that a waiting one waits for
+swap_test       SwapTest?       the latest test of its sleep (`vllmctl swap-test`); null = none since the daemon started
 why             Why?            why it is not as wanted, or what to know about it; null = all is well
+""",
+    "SwapTest": """
+level           integer         of vLLM's sleep mode
+of              integer         times that it is to sleep and wake
+cycles          Cycle[]         those that are done
+before          object          bytes in use when it began, by device
+proved          boolean         it went well: its sleep may be relied on
+frees           bytes           what others may have while it sleeps; 0 = nothing to speak of, so it ends instead
+result          string          how it ended; empty = it goes on
+age_s           seconds         since it began
+""",
+    "Cycle": """
+sleep_s         seconds         to fall asleep
+wake_s          seconds         to wake
+same            boolean?        it answered as before; null = it answers nothing that could be compared
+residual        object          bytes in use while it slept, by device
 """,
     "Share": """
 id              string          device
@@ -227,7 +246,7 @@ def status_page() -> str:
         "Sizes are bytes, times are seconds; `?` means that it may be null. Every field listed is always there; others",
         "may be added, so ignore what you do not know. The words of `state`, `kind` and `class` are stable.",
     ]
-    for table in ("Status", "Daemon", "Device", "Holder", "Model", "Share", "Why", "Remedy"):
+    for table in ("Status", "Daemon", "Device", "Holder", "Model", "SwapTest", "Cycle", "Share", "Why", "Remedy"):
         lines += ["", f"## {table}", "", "| field | type | meaning |", "|---|---|---|"]
         lines += [f"| {row.name} | {row.type} | {row.meaning} |" for row in rows(table)]
     return "\n".join(lines) + "\n"

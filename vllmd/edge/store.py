@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllmd.facts import Learned
+from vllmd.facts import Learned, Proof
 
 LARGEST = 1 << 60  # bytes; no machine has that
 
@@ -119,6 +119,18 @@ class Store:
             if isinstance(words, dict)
         }
 
+    def proofs(self) -> dict[str, Proof]:
+        """All proofs of sleep that make sense; without one a model is ended instead, so none is missed for long."""
+        found = {}
+        for key, value in self._read("proofs.json").items():
+            with contextlib.suppress(TypeError, ValueError, LookupError, AttributeError, OverflowError):
+                found[key] = _proof(value)
+        return found
+
+    def keep_proofs(self, proofs: Mapping[str, Proof]) -> None:
+        """Write all proofs."""
+        self._write("proofs.json", {key: asdict(value) for key, value in proofs.items()})
+
     def keep_learned(self, needs: Mapping[str, Learned]) -> None:
         """Write all learned needs."""
         self._write("needs.json", {key: asdict(value) for key, value in needs.items()})
@@ -175,6 +187,14 @@ def _need(value: Any) -> Learned:
     if not (0 < base < LARGEST and 0 <= kv < LARGEST):
         raise ValueError(f"{base} and {kv} bytes")
     return Learned(base, kv, phases, _seconds(value["total"]))
+
+
+def _proof(value: Any) -> Proof:
+    """One row of proofs.json. Raises ValueError and its like for what no test can have shown."""
+    level, residual, freed = int(value["level"]), int(value["residual"]), int(value["freed"])
+    if level not in (1, 2) or not (0 <= residual < LARGEST and 0 <= freed < LARGEST):
+        raise ValueError(f"level {level}, {residual} and {freed} bytes")
+    return Proof(level, residual, freed, _seconds(value["sleep_s"]), _seconds(value["wake_s"]))
 
 
 def _seconds(value: Any) -> float:

@@ -10,7 +10,7 @@ import ctypes
 import os
 from pathlib import Path
 
-from vllmd.edge.process import Child, leaders
+from vllmd.edge.process import Child, leaders, parked
 from vllmd.edge.procfs import PROC, Stat, Table, environ, read_table, same_user
 from vllmd.edge.tree import COOKIE
 
@@ -21,7 +21,7 @@ def runaways(table: Table) -> list[Stat]:
     """Live children of ours that we did not start."""
     if not _is_subreaper():
         return []
-    own, session, started = os.getpid(), os.getsid(0), leaders()
+    own, session, started = os.getpid(), os.getsid(0), parked() | leaders().keys()
     return [
         stat for stat in table.values()
         if stat.ppid == own and stat.session != session and not stat.dead and stat.member.pid not in started

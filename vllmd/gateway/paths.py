@@ -34,7 +34,7 @@ class Place:
 MODELS: Final = "/v1/models"
 _STREAMING: Final = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _WHOLE: Final = (
-    "/v1/embeddings", "/v1/score", "/score", "/rerank", "/v1/rerank", "/v2/rerank", "/pooling", "/classify",
+    "/v1/embeddings", "/v2/embed", "/v1/score", "/score", "/rerank", "/v1/rerank", "/v2/rerank", "/pooling", "/classify",
     "/tokenize", "/detokenize",
 )  # fmt: skip
 _AUDIO: Final = ("/v1/audio/transcriptions", "/v1/audio/translations")
