@@ -54,7 +54,7 @@ def full_status() -> dict[str, Any]:
     return {
         "daemon": {
             "version": "1", "pid": 4, "host": "ws1", "uptime_s": 9.5,
-            "http": ["http://127.0.0.1:8400"], "spare": 0, "config": "/etc/vllmd.toml", "access": "",
+            "http": ["http://127.0.0.1:8400"], "spare": 0, "spare_ready": False, "config": "/etc/vllmd.toml", "access": "",
             "closing": False, "trouble": "",
         },
         "devices": [device()],

@@ -109,6 +109,45 @@ async def test_now_comes_from_query_or_body(front: Front, query: str, body: Any,
     assert front.stub.asked == [(Verb.STOP, ("alpha",), now)]
 
 
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ({"size": "6GiB", "for": "2h", "device": "0"}, (6 << 30, 7200.0, "0")),
+        ({"size": 1000, "for": 60}, (1000, 60.0, None)),
+        ({"size": "1000", "for": "60"}, (1000, 60.0, None)),
+        ({"size": 0}, (0, 0.0, None)),
+    ],
+)
+async def test_a_loan_is_asked_for_in_units_of_people_or_in_bytes(front: Front, asked: Any, meant: Any) -> None:
+    """And the journal hears of it."""
+    answer = await front.unix.post("/api/v1/lend", json=asked)
+    size, seconds, device = meant
+    assert (await answer.json())["message"] == f"{size} bytes of {device} for {seconds} s"
+    assert [what for _, what, _ in front.stub.changes] == [f"lend of {size} bytes"]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"size": "6GiB"},
+        {"for": "2h"},
+        {"size": -1, "for": "2h"},
+        {"size": "-1GiB", "for": "2h"},
+        {"size": 1.5, "for": "2h"},
+        {"size": True, "for": "2h"},
+        {"size": "6 gigs", "for": "2h"},
+        {"size": "9999999TiB", "for": "2h"},
+        {"size": "6GiB", "for": "soon"},
+    ],
+)
+async def test_half_a_loan_is_none(front: Front, asked: Any) -> None:
+    """How much and for how long: both, and in words that are understood."""
+    answer = await front.unix.post("/api/v1/lend", json=asked)
+    assert (answer.status, (await refusal(answer))["code"]) == (400, "bad-parameter")
+    assert front.stub.changes == []
+
+
 async def test_no_room_is_409_with_the_sum_and_what_would_help(front: Front) -> None:
     """The refusal of a start keeps the core's words."""
     front.stub.answers["big"] = Answer(1, 409, NO_ROOM, "no-room", ("stop alpha", "lower kv_cache"), {"needs": 5})

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import ssl
 import subprocess
 import sys
@@ -196,7 +197,7 @@ def test_a_flood_of_wrong_keys_is_forgotten_again() -> None:
     guard = Guard(HttpSpec(), KEYS)
     for number in range(3 * REMEMBERED):
         shown: Any = SimpleNamespace(headers={"Authorization": f"Bearer {number}"}, transport=None)
-        with pytest.raises(Refused, match=""):
+        with pytest.raises(Refused):
             guard.key_of(shown)
         assert len(guard._shown) <= REMEMBERED
     right: Any = SimpleNamespace(headers={"Authorization": "Bearer vllmd-infer"})
@@ -348,7 +349,7 @@ def test_no_two_keys_are_the_same_and_a_terminal_sees_all(
     made = set()
     for _ in range(3):
         main(["key", "a", "--json"])
-        value = __import__("json").loads(capsys.readouterr().out)
+        value = json.loads(capsys.readouterr().out)
         assert tomllib.loads(value["toml"]) == {"keys": {"a": {"hash": value["hash"], "scopes": ["infer"]}}}
         made.add(value["key"])
     assert len(made) == 3

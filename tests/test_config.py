@@ -212,6 +212,10 @@ def test_a_mistake_in_a_model_is_told_with_place_and_way_out(
             "2: http.listen[0]: :8400 is open to other machines, which needs an API key "
             "(`vllmctl key NAME` makes one; or listen on 127.0.0.1:8400)"]),
         ('[http]\ntls_cert = "c.pem"', ["2: http.tls_cert: needs tls_key as well"]),
+        ('[http]\ntls_cert = 5\ntls_key = "k.pem"', ['2: http.tls_cert: 5 is not a path (try "5")']),
+        ('[http]\nmemory = "100MiB"\nmax_body = "200MiB"', [
+            "3: http.max_body: no request of 0.2 GiB would ever be let in: all together may take 0.1 GiB "
+            "(lower max_body or raise memory)"]),
         ('[http]\nhosts = ["a:1"]', [
             '2: http.hosts[0]: "a:1" is not a host\'s name (such as "models.example.org", without a port)']),
         ('[http]\norigins = ["ui.example"]', [
@@ -235,6 +239,14 @@ def test_a_mistake_in_a_model_is_told_with_place_and_way_out(
         ('[devices."*"]\nlimit = "4GiB"\n[models.a]\nmodel = "a/b"\nvram = "5GiB"', [
             "5: models.a.vram: 5.0 GiB can never fit: all models together may use 4.0 GiB of a device "
             '(raise limit in [devices."*"])']),
+        ('[devices."*"]\nlimit = "10GiB"\n[defaults]\nmodel = "a/b"\nvram = "6GiB"\npinned = true\ngpus = [0]\n'
+         "[models.a]\n[models.b]\n[models.c]\npinned = false", [
+            "6: defaults.pinned: a, b are pinned and need 12.0 GiB together; models may use 10.0 GiB of device 0 "
+            '(unpin one, lower vram, or raise limit in devices."*")']),
+        ('[devices.cpu]\nlimit = "10GiB"\n[defaults]\nmodel = "a/b"\nvram = "6GiB"\ngpus = ["cpu"]\n'
+         "[models.a]\npinned = true\n[models.b]\npinned = true", [
+            "10: models.b.pinned: a, b are pinned and need 12.0 GiB together; models may use 10.0 GiB of device cpu "
+            "(unpin one, lower vram, or raise limit in devices.cpu)"]),
         ('[models.a]\nmodel = "a/b"\nport = 8000\n[models.b]\nmodel = "a/b"\nport = 8000', [
             '6: models.b.port: 8000 is the port of models.a already (give each its own, or "auto")']),
         ('[models.a]\nmodel = "a/b"\naliases = ["b", "c"]\n[models.b]\nmodel = "a/b"\naliases = ["c"]', [
@@ -277,6 +289,55 @@ def test_a_key_without_effect_is_a_warning_where_it_differs_from_its_default(che
         f"{file}:5: models.ocr.replicas: understood, no effect in this version (replicas come in a later version)",
     )
     assert (settings.models["ocr"].ttl, settings.models["ocr"].replicas) == (900.0, (2, 2))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("gpus = [0]", 'gpus = "auto"'),  # each may have a device of its own
+        ("gpus = [0]", "gpus = [1]"),
+        ('vram = "6GiB"', 'vram = "5GiB"'),
+        ('vram = "6GiB"', 'vram = "auto"'),
+        ('[devices."*"]', '[devices."GPU-1"]\n[devices."*"]'),  # which may be what is called 0 here
+    ],
+)
+def test_pinned_models_are_refused_only_where_it_is_certain(check: Check, change: tuple[str, str]) -> None:
+    """On one device by name, with sizes that are given, under a limit that surely holds there."""
+    text = """
+        [devices."*"]
+        limit = "10GiB"
+        [models.a]
+        model = "a/b"
+        vram = "6GiB"
+        gpus = [0]
+        pinned = true
+        [models.b]
+        model = "a/b"
+        vram = "5GiB"
+        gpus = [0]
+        pinned = true
+    """
+    with pytest.raises(ConfigError):
+        check(text)
+    check(text.replace(*change, 1))
+
+
+def test_what_is_surely_not_meant_is_a_warning(check: Check, tmp_path: Path) -> None:
+    """It works as it says, and that helps nobody. A default that one model has no use for is nothing strange."""
+    settings = check(MODEL + "pinned = true\nhome = true\n[http]\nopen_loopback = false")
+    assert settings.warnings == (
+        f"{tmp_path}/vllmd.toml:4: models.ocr.home: no effect: a pinned model never makes room (leave out home)",
+        f"{tmp_path}/vllmd.toml:6: http.open_loopback: nobody can ask over TCP without a key "
+        "(`vllmctl key NAME` makes a key and prints the line)",
+    )
+    quiet = f'[keys.a]\nhash = "sha256:{"0" * 64}"\n[http]\nopen_loopback = false\n[defaults]\nhome = true\n'
+    assert check(quiet + MODEL + "pinned = true").warnings == ()
+
+
+def test_a_request_is_never_larger_than_the_memory_for_all(check: Check) -> None:
+    """Who only lowers the one is not told to lower the other."""
+    assert check('[http]\nmemory = "64MiB"').http.max_body == 64 << 20
+    assert check('[http]\nmemory = "1GiB"').http.max_body == 256 << 20
 
 
 # -- drop-ins and overrides -------------------------------------------------------------------------------------------

@@ -83,3 +83,21 @@ def test_keys_of_the_daemon_are_live_or_wait_for_its_restart() -> None:
     assert change.daemon == ("daemon.socket", "http.listen")
     assert change.live == ("daemon.log_level", "devices.0.reserve", "devices.0.limit")
     assert not change.empty
+
+
+def test_other_certificates_are_live_and_that_there_are_any_is_not() -> None:
+    """A port that is open without TLS stays so until vllmd is restarted, and the plan says it."""
+    without, with_tls = settings(OLD), settings(OLD + '[http]\ntls_cert = "/a"\ntls_key = "/b"')
+    other = settings(OLD + '[http]\ntls_cert = "/c"\ntls_key = "/b"')
+    assert plan(without, with_tls).daemon == ("http.tls_cert", "http.tls_key") == plan(with_tls, without).daemon
+    assert (plan(with_tls, other).live, plan(with_tls, other).daemon) == (("http.tls_cert",), ())
+
+
+def test_who_may_come_in_changes_live() -> None:
+    text = (
+        OLD
+        + '[http]\nhosts = ["h"]\norigins = ["https://o"]\nopen_loopback = false\nmax_body = "1MiB"\nmemory = "1GiB"\n'
+    )
+    change = plan(settings(OLD), settings(text + f'[keys.a]\nhash = "sha256:{"0" * 64}"'))
+    live = ("hosts", "origins", "open_loopback", "max_body", "memory")
+    assert change.live == (*(f"http.{key}" for key in live), "keys.a") and change.daemon == ()

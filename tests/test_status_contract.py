@@ -13,7 +13,8 @@ from vllmd.events import Start, Stop
 from vllmd.spec import Cause
 
 DAEMON = {
-    "version": "1", "pid": 1, "host": "h", "uptime_s": 1.5, "config": "/c", "http": ["http://127.0.0.1:8400"], "spare": 0,
+    "version": "1", "pid": 1, "host": "h", "uptime_s": 1.5, "config": "/c", "http": ["http://127.0.0.1:8400"],
+    "spare": 0, "spare_ready": False,
     "access": "read",
 }  # fmt: skip
 PROMISE = jsonschema.Draft202012Validator({"$ref": "#/components/schemas/Status", "components": {"schemas": schemas()}})

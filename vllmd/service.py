@@ -60,6 +60,7 @@ class Service:
             "config": str(self.daemon.path),
             "http": self.daemon.listeners.urls,
             "spare": self.daemon.parking.used(),
+            "spare_ready": self.daemon.parking.spares.ready(),
             "access": Access.READ,
         }
         return view.status(self.world, me, time.monotonic())

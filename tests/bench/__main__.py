@@ -6,7 +6,16 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.bench import bench_core, bench_crash, bench_ctl, bench_daemon, bench_gateway, bench_preflight, bench_start
+from tests.bench import (
+    bench_core,
+    bench_crash,
+    bench_ctl,
+    bench_daemon,
+    bench_gateway,
+    bench_preflight,
+    bench_start,
+    bench_swap,
+)
 from tests.bench.figures import Figure, as_json, machine, table
 from tests.bench.peers import DIRECT, KINDS, ROUTER, VLLMD
 from tests.bench.stage import compile_modules
@@ -21,6 +30,7 @@ BENCHES: dict[str, Bench] = {
     "crash": lambda given: bench_crash.run(given.rounds),
     "gateway": lambda given: bench_gateway.run(given.peers, quick=given.quick),
     "start": lambda given: bench_start.run(given.pairs),
+    "swap": lambda given: bench_swap.run(given.pairs),
 }
 PEERS = (DIRECT, ROUTER, VLLMD)
 

@@ -35,9 +35,18 @@ def prepared(models: str, *, defaults: str = UP) -> Iterator[Daemon]:
 
 
 @contextmanager
-def daemon_in(folder: Path, engine: Path, models: str, *, defaults: str = "") -> Iterator[Daemon]:
+def daemon_in(
+    folder: Path,
+    engine: Path,
+    models: str,
+    *,
+    defaults: str = "",
+    limit: str = LIMIT,
+    spare: int = 0,
+    web: bool = False,
+) -> Iterator[Daemon]:
     """A daemon, not yet started, on the engine of a folder with bin/vllm and models/."""
-    daemon = Daemon(folder, engine, folder / "cache", limit=LIMIT, defaults=defaults)
+    daemon = Daemon(folder, engine, folder / "cache", limit=limit, defaults=defaults, spare=spare, web=web)
     daemon.configure(models)
     try:
         yield daemon

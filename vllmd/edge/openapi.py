@@ -32,8 +32,8 @@ def describe(routes: Sequence[Route]) -> dict[str, Any]:
         "info": {
             "title": "vllmd",
             "version": __version__,
-            "description": "Served on the unix socket, where every caller is an admin, and on TCP, where a key says what one may do; "
-            "on this machine one may read without.",
+            "description": "Served on the unix socket, where every caller is an admin, and on TCP, where a key says what one "
+            "may do; on this machine one may read without.",
         },
         "paths": paths,
         "security": [{"key": []}, {"x-api-key": []}, {}],
@@ -137,11 +137,13 @@ HTTP and JSON on the unix socket (`/run/vllmd.sock`) and on the addresses of `[h
 
 **Access.** `{Access.OPEN}` routes answer everybody who reaches them. On the unix socket everybody is an admin whom its file
 mode lets in (root, the user that vllmd runs as, group vllmd). Over TCP `Authorization: Bearer KEY` or `x-api-key: KEY` says
-who asks: a key with the scope `read` opens `{Access.READ}` routes, `admin` all. Without a key who comes from this machine may use
-`{Access.READ}` routes, unless `open_loopback = false`. 401 = a key is needed, or is not known; 403 = it is not for this. Every
-change is logged with the caller's uid and pid, or the name of the key. On TCP the Host header must name this machine (421
-otherwise; `[http] hosts` adds names) and Origin, where a browser sends it, the same host: a page of another site can neither
-read nor ask. With `tls_cert` TCP speaks TLS only. The paths for models (`/v1/...`): [gateway.md](gateway.md).
+who asks: a key with the scope `read` opens `{Access.READ}` routes, `admin` all. Who comes from this machine may use
+`{Access.READ}` routes without a key, unless `open_loopback = false`. 401 = a key is needed, or is not known; 403 = it is
+not for this. Every change is logged with the caller's uid and pid, or the name of the key.
+
+On TCP the Host header must name this machine (421 otherwise; `[http] hosts` adds names) and Origin, where a browser sends
+it, the same host: a page of another site can neither read nor ask. With `tls_cert` TCP speaks TLS only. The paths for
+models (`/v1/...`): [gateway.md](gateway.md).
 
 **Asking.** Parameters stand in the query (`?now=1`, lists with commas) or in a JSON object as the body; the body
 wins. Unknown ones are refused. A wish is answered at once: 202 = accepted, its progress comes over the events; 200 =

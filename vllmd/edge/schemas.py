@@ -22,6 +22,7 @@ uptime_s        seconds         since the daemon started
 config          string          path of the configuration file
 http            string[]        addresses of the gateway and of this API over TCP
 spare           bytes           host memory of processes that have imported vLLM beforehand; 0 = none is parked
+spare_ready     boolean         one of them can become the next start
 access          string          what the caller of this request may do: "read" or "admin"
 closing         boolean         everything is being ended
 trouble         string          what is wrong with reading the devices; empty = nothing

@@ -176,6 +176,10 @@ class Spares:
         """The parked processes: their memory is ours, and no instance's."""
         return frozenset(parked.child.pid for parked in (*self._parked.values(), *self._ending))
 
+    def ready(self) -> bool:
+        """Whether one has imported and can be taken."""
+        return any(not parked.look() for parked in self._parked.values())
+
     def rss(self) -> int:
         """Bytes that they hold which nobody else has."""
         return sum(map(anonymous, self.pids()))
