@@ -143,7 +143,8 @@ def _pinned(draft: Draft, names: list[str]) -> Iterator[Fault]:
         at, limit = _limit(draft, device)
         need = sum(draft.of(name, "vram") for name in pinned)
         if limit is not None and need > limit and len(pinned) > 1:
-            text = f"{', '.join(pinned)} are pinned and need {gib(need)} together; models may use {gib(limit)} of device {device}"
+            sums = f"need {gib(need)} together; models may use {gib(limit)} of device {device}"
+            text = f"{', '.join(pinned)} are pinned and {sums}"
             hint = f"unpin one, lower vram, or raise limit in {spell(at)}"
             yield Fault(text, hint, draft.source(pinned[-1], "pinned"))
 
