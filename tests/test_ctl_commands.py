@@ -653,11 +653,12 @@ def test_a_file_that_vllmd_cannot_be_sent_is_checked_here(
 
 
 @pytest.mark.parametrize(
-    "command", [name for name in visible() if name not in ("completion", "validate", "schema", "version")]
+    "command", [name for name in visible() if name not in ("completion", "key", "validate", "schema", "version")]
 )
 def test_json_is_there_when_vllmd_is_not(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same exit code, the sentence on standard error, and an object for the program that reads."""
-    operand = ["m"] if COMMANDS[command].operand in ("MODEL", "MODELS") else []
+    operands = {"MODEL": ["m"], "MODELS": ["m"], "SIZE?": ["1GiB", "--for", "1h"]}
+    operand = operands.get(COMMANDS[command].operand, [])
     assert main([command, *operand, "--json", "--socket", str(tmp_path / "none")]) == 3
     said = capsys.readouterr()
     error = json.loads(said.out)["error"]

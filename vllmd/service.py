@@ -269,7 +269,10 @@ class Service:
 def keep_fixed(new: Settings, old: Settings) -> Settings:
     """What a running daemon cannot change (sockets, directories) stays; `change` has told the operator."""
     live = {name: getattr(new.daemon, name) for name in ("log_size", "log_keep", "log_level", "spare")}
-    return replace(new, daemon=replace(old.daemon, **live), http=replace(new.http, listen=old.http.listen))
+    fixed: dict[str, Any] = {"listen": old.http.listen}
+    if (old.http.tls_cert is None) != (new.http.tls_cert is None):  # with or without TLS is for a new daemon
+        fixed |= {"tls_cert": old.http.tls_cert, "tls_key": old.http.tls_key}
+    return replace(new, daemon=replace(old.daemon, **live), http=replace(new.http, **fixed))
 
 
 def change_rows(change: Change) -> dict[str, Any]:

@@ -110,6 +110,8 @@ ZSH_OPERANDS = {
     "MODELS": "'*:model:_vllmctl_models'",
     "FILE": "':file:_files'",
     "SHELL": f"':shell:({' '.join(SHELLS)})'",
+    "SIZE": "':size:'",
+    "NAME": "':name:'",
     "": "",
 }
 
