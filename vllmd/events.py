@@ -195,7 +195,8 @@ class DevicesRead:
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """The line of requests for a model is another one: `waiting` of them, the oldest since `since` (0 = nobody waits). Told
-    when the first comes, when the oldest is another, and when nobody is left. `priority` is the highest among them."""
+    when the first comes, when the oldest is another, and when nobody is left; while the model is up up to half a second later.
+    `priority` is the highest among them."""
 
     model: str
     waiting: int

@@ -16,6 +16,7 @@ from vllmd.spec import ModelSpec
 
 TELL_EVERY = 0.5  # seconds between news of use that nobody waits for
 AGAIN = 10.0  # seconds after which to try again where nobody knows better
+BREATH = 0.5  # seconds that a door is doubted; the core hears of a death within milliseconds
 
 
 @dataclass(eq=False, slots=True)
@@ -30,6 +31,7 @@ class Door:
     begun: int = 0
     at: float = 0.0  # when the last request began or ended
     untold: bool = False
+    busy: bool = False  # as was told
 
 
 @dataclass(eq=False, slots=True)
@@ -120,12 +122,27 @@ class Doors:
         else:
             self._later(door)
 
+    def doubt(self, entry: Entry, door: Door) -> None:
+        """The engine lost a request. If it is dead the core shuts the door in a moment: until then nobody else is sent there.
+        If it is not, nobody but us would ever move the line again."""
+        if entry.door is door:
+            entry.door = None
+            self._loop.call_later(BREATH, self._trust, entry, door)
+
     # -- what the core says
 
     def open(self, command: Open) -> None:
-        """The model serves: who waits goes in."""
-        door = Door(command.instance, command.attempt, Pool(command.endpoint, self._loop))
-        self._doors[command.instance] = door
+        """The model serves: who waits goes in. The attempt may be one that was shut before, and not be empty yet."""
+        pool = Pool(command.endpoint, self._loop)
+        door = self._doors.get(command.instance)
+        if door is not None:
+            door.pool.close()
+        if door is None or door.attempt != command.attempt:
+            door = self._doors[command.instance] = Door(command.instance, command.attempt, pool)
+        else:
+            door.pool, door.open = pool, True
+            if not door.under_way:
+                door.begun = 0  # it slept: it serves anew
         entry = self._entries.get(command.model)
         if entry is None:
             return
@@ -145,6 +162,8 @@ class Doors:
         if not door.under_way:
             door.pool.close()
         self._post_used(door)
+        if entry is not None:
+            self._tell(entry)  # from now on it is decided with who waits, and since when
 
     def refuse(self, command: Refuse) -> None:
         """Who waits for the model waits in vain."""
@@ -165,6 +184,13 @@ class Doors:
             self._timer.cancel()
 
     # -- within
+
+    def _trust(self, entry: Entry, door: Door) -> None:
+        """Nothing was heard of its death."""
+        if door.open and entry.door is None and self._doors.get(door.instance) is door:
+            entry.door = door
+            self._admit(entry, door)
+            self._tell(entry)
 
     def _begin(self, door: Door) -> None:
         door.begun += 1
@@ -189,12 +215,16 @@ class Doors:
             if not place.turn.done():
                 place.turn.set_exception(trouble)
 
-    def _tell(self, entry: Entry) -> None:
+    def _tell(self, entry: Entry, *, late: bool = False) -> None:
         """The core hears of a line when it begins or ends, and when its oldest or its priority is another. First what it must
-        know of all engines to decide on that."""
+        know of all engines to decide on that. While a line moves through its door there is nothing to decide, and each
+        request changes it: then it is told later."""
         line = entry.line
         now = (line.length > 0, line.oldest(), line.priority())
         if now == entry.told:
+            return
+        if now[0] and entry.told[0] and entry.door is not None and not late:
+            self._start_timer()
             return
         entry.told = now
         self._tell_use()
@@ -202,19 +232,24 @@ class Doors:
 
     def _used(self, door: Door) -> None:
         """An engine became busy or idle. Told now if somebody waits anywhere, or for just that."""
-        if self._waiting or not door.open:
+        if not door.open or (self._waiting and door.busy != (door.under_way > 0)):
             self._post_used(door)
         else:
             self._later(door)
 
     def _later(self, door: Door) -> None:
         door.untold = True
+        self._start_timer()
+
+    def _start_timer(self) -> None:
         if self._timer is None and self._closing is None:
             self._timer = self._loop.call_later(TELL_EVERY, self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None
         self._tell_use()
+        for entry in self._entries.values():
+            self._tell(entry, late=True)
 
     def _tell_use(self) -> None:
         for door in self._doors.values():
@@ -222,5 +257,5 @@ class Doors:
                 self._post_used(door)
 
     def _post_used(self, door: Door) -> None:
-        door.untold = False
+        door.untold, door.busy = False, door.under_way > 0
         self._post(Used(door.instance, door.attempt, door.under_way, door.begun, door.at))

@@ -9,7 +9,9 @@ import asyncio
 from dataclasses import dataclass
 from typing import Final
 
-from vllmd.gateway.client import EVENTS, JSON, Client
+import msgspec
+
+from vllmd.gateway.client import JSON, STREAM, Client
 from vllmd.gateway.doors import Door, Doors, Entry
 from vllmd.gateway.errors import Trouble, error_event
 from vllmd.gateway.intake import Intake
@@ -19,6 +21,9 @@ from vllmd.gateway.waiting import Look, not_now, stand
 from vllmd.units import span
 
 TOLD_MAX: Final = 2000  # characters of an engine's error that are handed on inside a stream
+REFUSAL_MAX: Final = 64 << 10  # bytes of it that are read
+#: Of vLLM 0.32: its engine died under the API server; the API server drains.
+LAST_WORDS: Final = (b"EngineCore encountered", b"EngineDeadError", b"cannot schedule new futures after shutdown")
 
 
 @dataclass(slots=True)
@@ -45,17 +50,17 @@ class Carrier:
         """Until the answer is sent. Raises Trouble where there is none, ConnectionError where the client is gone."""
         entry, counted = errand.entry, self._intake.counted
         held = len(errand.body)
-        retried = False
+        again = retried = False
         since = 0.0
         try:
             while True:
-                door = None if retried else self._doors.enter(entry)
+                door = None if again else self._doors.enter(entry)
                 if door is None:
                     since = since or asyncio.get_running_loop().time()
-                    door = await self._wait(errand, client, since, first=retried)
+                    door = await self._wait(errand, client, since, first=again)
                 try:
                     exchange = await door.pool.ask(errand.head, errand.body)
-                    if exchange.status == 503 and not door.open and exchange.whole:
+                    if exchange.status >= 500 and exchange.whole and _dying(exchange, door):
                         raise EngineGone("it is being stopped", begun=False)
                     errand.body = b""
                     self._intake.forget(held)
@@ -63,10 +68,13 @@ class Carrier:
                     await self._hand_on(errand, client, exchange)
                     return
                 except EngineGone as gone:
-                    if gone.begun or retried:
+                    self._doors.doubt(entry, door)
+                    if gone.begun or (gone.asked and retried):
                         raise self._lost(errand, gone) from None
-                    retried = True
-                    counted.retries[entry.spec.name] += 1
+                    again = True
+                    if gone.asked:
+                        retried, since = True, 0.0  # its time at the engine was no time in line
+                        counted.retries[entry.spec.name] += 1
                 finally:
                     self._doors.end(entry, door)
         finally:
@@ -96,26 +104,21 @@ class Carrier:
         kind = exchange.kind or JSON
         counted = self._intake.counted
         counted.answers[errand.entry.spec.name, f"{exchange.status // 100}xx"] += 1
-        if exchange.whole:
-            body = exchange.take()
-            if not client.begun:
-                client.whole(exchange.status, kind, body, exchange.more)
+        if client.begun:
+            if exchange.status >= 400 or not kind.startswith(STREAM):
+                trouble = await _refused(exchange)
+                client.write(error_event(errand.place.dialect, trouble, client.ident))
+                client.end()
                 return
-            if exchange.status < 400 and kind.startswith(b"text/event-stream"):
-                client.write(body)
-            else:
-                client.write(error_event(errand.place.dialect, _as_trouble(exchange, body), client.ident))
-            client.end()
+        elif exchange.whole:
+            client.whole(exchange.status, kind, exchange.take(), exchange.more)
             return
-        if client.begun and exchange.status >= 400:
-            exchange.abort()
-            raise Trouble(exchange.status, "engine_error", "the engine refused the request")
-        if not client.begun:
+        else:
             client.begin(exchange.status, kind, exchange.more)
         try:
             await exchange.pour(client.write, client.drain)
         except EngineGone as gone:
-            if not kind.startswith(EVENTS[:17]):
+            if not client.events:
                 client.cut()
                 return
             client.write(error_event(errand.place.dialect, self._lost(errand, gone), client.ident))
@@ -136,6 +139,47 @@ class Carrier:
         return Trouble(502, "engine_lost", text, f"try again in {span(after)}" if after else "try again", after)
 
 
-def _as_trouble(exchange: Exchange, body: bytes) -> Trouble:
-    """What an engine refused, for a client whose stream has begun."""
-    return Trouble(exchange.status, "engine_error", body.decode(errors="replace")[:TOLD_MAX])
+def _dying(exchange: Exchange, door: Door) -> bool:
+    """Whether an engine says that it cannot answer any more. vLLM's API server outlives its engine for a moment, and while it
+    drains; it has 500 for both."""
+    if exchange.status == 503:
+        return not door.open
+    body = b"".join(exchange.pieces)
+    return exchange.status == 500 and any(words in body for words in LAST_WORDS)
+
+
+async def _refused(exchange: Exchange) -> Trouble:
+    """What an engine said instead of a stream, for a client whose stream has begun."""
+    pieces: list[bytes] = []
+
+    def sink(data: bytes) -> bool:
+        pieces.append(data)
+        if sum(map(len, pieces)) > REFUSAL_MAX:
+            exchange.abort()
+        return True
+
+    async def drain() -> None:
+        """Never needed: the sink is never full."""
+
+    try:
+        await exchange.pour(sink, drain)
+    except EngineGone:
+        pass  # what came of it has to do
+    except BaseException:
+        exchange.abort()
+        raise
+    if exchange.status >= 400:
+        return Trouble(exchange.status, "engine_error", _sentence(b"".join(pieces)))
+    kind = exchange.kind.decode(errors="replace") or "nothing"
+    return Trouble(502, "engine_error", f"the engine answered with {kind} instead of a stream")
+
+
+def _sentence(body: bytes) -> str:
+    """The engine's own words out of the JSON that vLLM, its Anthropic API or FastAPI puts around them."""
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        value = None
+    inner = value.get("error", value) if isinstance(value, dict) else None
+    said = inner.get("message", inner.get("detail")) if isinstance(inner, dict) else inner
+    return (said if isinstance(said, str) and said else body.decode(errors="replace"))[:TOLD_MAX]

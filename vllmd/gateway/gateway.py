@@ -37,6 +37,7 @@ _OURS: Final = frozenset(
 _FORWARDED: Final = b"x-forwarded-"
 HEADERS_MAX: Final = 64  # of a client's that are handed on
 REMEMBERED: Final = 256  # sets of headers of which is known what is handed on
+REMEMBERED_SIZE: Final = 4096  # bytes of such a set; clients could fill our memory with larger ones
 _RUN: Final = secrets.token_hex(8)  # ids of this run are no other's
 _NUMBERS: Final = itertools.count(1)
 _kept: dict[tuple[tuple[bytes, bytes], ...], bytes] = {}
@@ -103,9 +104,10 @@ class Gateway:
         except Trouble as trouble:
             self._say(client, dialect, trouble)
         except ConnectionError:
+            self.counted.answers[client.model, "gone"] += 1
             client.cut()
         except asyncio.CancelledError:
-            self.counted.answers["", "gone"] += 1
+            self.counted.answers[client.model, "gone"] += 1
             client.cut()
             raise
         except Exception as error:
@@ -113,6 +115,11 @@ class Gateway:
             self._fault(ident, f"{request.method} {path[:200]}", error)
             hint = f"the journal has the story: journalctl -u vllmd -g {ident}"
             self._say(client, dialect, Trouble(500, "internal", f"vllmd made an error ({ident})", hint))
+        if client.behind:  # who asks and asks must read as well
+            try:
+                await client.drain()
+            except ConnectionError:
+                client.cut()
         return client.sent()
 
     def refusal(
@@ -136,6 +143,7 @@ class Gateway:
             kind = request.headers.get("Content-Type", "")
             wish = read_wish(place.form, body, kind)
             spec, alias = self._names.find(wish.model)
+            client.model = spec.name
             if key is not None and key.models is not None and spec.name not in key.models:
                 text = f'this key may not ask for "{wish.model}"'
                 raise Trouble(403, "model_not_allowed", text, f"it may ask for: {', '.join(key.models) or 'none'}")
@@ -158,9 +166,12 @@ class Gateway:
         """Tell the client why there is no answer."""
         self.counted.refusals[str(trouble.status), trouble.code] += 1
         try:
-            if client.begun:
+            if client.events:
                 client.write(error_event(dialect, trouble, client.ident))
                 client.end()
+                return
+            if client.begun:  # no words of ours may stand in an answer as if they were part of it
+                client.cut()
                 return
             more = b""
             if trouble.retry_after is not None:
@@ -186,7 +197,7 @@ class Gateway:
                 raise Trouble(403, "model_not_allowed", f'this key may not ask for "{spec.name}"')
         else:
             value = {"object": "list", "data": cards, "has_more": False}
-        client.whole(200, JSON, b"" if request.method == "HEAD" else msgspec.json.encode(value))
+        client.whole(200, JSON, msgspec.json.encode(value))
 
     def _cards(self, key: ApiKey | None) -> Iterator[dict[str, Any]]:
         for row in self._rows():
@@ -233,20 +244,22 @@ def _head(request: web.BaseRequest, place: Place, ident: str, length: int) -> by
     raw = request.raw_headers
     kept = _kept.get(raw)
     if kept is None:
-        kept = _handed_on(raw, request.headers.get("Connection", "").lower())
+        named = ",".join(request.headers.getall("Connection", ())).lower()
+        kept = _handed_on(raw, frozenset(named.replace(" ", "").encode().split(b",")))
         if len(_kept) >= REMEMBERED:
             _kept.clear()
-        _kept[raw] = kept
+        if sum(len(name) + len(value) for name, value in raw) <= REMEMBERED_SIZE:
+            _kept[raw] = kept
     line = f"POST {target} HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: {ident}\r\nContent-Length: {length}\r\n"
     return line.encode() + kept
 
 
-def _handed_on(raw: Iterable[tuple[bytes, bytes]], connection: str) -> bytes:
-    """What of a client's headers the engine gets, and the end of the head."""
+def _handed_on(raw: Iterable[tuple[bytes, bytes]], named: frozenset[bytes]) -> bytes:
+    """What of a client's headers the engine gets, and the end of the head. `named`: those that are of its connection only."""
     lines = []
     for name, value in itertools.islice(raw, HEADERS_MAX):
         low = name.lower()
-        if low in _OURS or low.startswith(_FORWARDED) or (connection and low.decode("latin-1") in connection):
+        if low in _OURS or low in named or low.startswith(_FORWARDED):
             continue
         lines.append(b"%b: %b\r\n" % (name, value))
     return b"".join(lines) + b"\r\n"

@@ -60,7 +60,7 @@ class Pool:
                         lambda: Connection(self, self._loop), self._host, self._port
                     )
         except (OSError, TimeoutError) as error:
-            raise EngineGone(f"cannot be reached ({error or 'no answer'})", begun=False) from None
+            raise EngineGone(f"cannot be reached ({error or 'no answer'})", begun=False, asked=False) from None
         return made
 
     def give_back(self, connection: Connection) -> None:

@@ -18,11 +18,12 @@ HANDED_ON: Final = frozenset({b"retry-after", b"content-disposition"})
 
 
 class EngineGone(Exception):
-    """The engine did not answer, or not to the end. `begun`: bytes of its answer had come."""
+    """The engine did not answer, or not to the end. `begun`: bytes of its answer had come; `asked`: it may have read the
+    request."""
 
-    def __init__(self, why: str, *, begun: bool) -> None:
+    def __init__(self, why: str, *, begun: bool, asked: bool = True) -> None:
         super().__init__(why)
-        self.begun = begun
+        self.begun, self.asked = begun, asked
 
 
 class Exchange:
@@ -167,8 +168,10 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._fail(f"its answer cannot be read ({error})")
-            return
+            if not exchange.complete:
+                self._fail(f"its answer cannot be read ({error})")
+                return
+            self._keep = False  # what stands behind an answer is nobody's
         if exchange.sink is not None and exchange.pieces and not exchange.sink(exchange.take()):
             self.pause()
             if exchange.full is not None and not exchange.full.done():
@@ -216,6 +219,10 @@ class Connection(asyncio.Protocol):
 
     # -- httptools
 
+    def on_message_begin(self) -> None:
+        if self.exchange is None:  # an answer behind the answer: nobody may get it, nor what follows
+            self._keep = False
+
     def on_header(self, name: bytes, value: bytes) -> None:
         exchange = self.exchange
         self._head += len(name) + len(value)
@@ -227,7 +234,7 @@ class Connection(asyncio.Protocol):
         elif low == b"content-length":
             exchange.length = value
         elif low == b"transfer-encoding":
-            self._framed = value.lower() == b"chunked"
+            self._framed = True
         elif low in HANDED_ON:
             exchange.more += b"%b: %b\r\n" % (name, value)
 
@@ -244,6 +251,8 @@ class Connection(asyncio.Protocol):
         length = exchange.length
         if length:
             self._framed = True
+        if status in (204, 304):
+            return  # its end follows at once
         if not length.isdigit() or int(length) > SMALL or exchange.kind.startswith(b"text/event-stream"):
             exchange.ready.set_result(None)
 
@@ -254,3 +263,4 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self.exchange is not None and self.exchange.status:
             self.exchange.complete = True
+            self.exchange = None  # nothing that follows is part of it
