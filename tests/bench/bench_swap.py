@@ -40,6 +40,7 @@ def run(pairs: int) -> list[Figure]:
                         recipe, times = through_vllmd(daemon, port)
                         assert len(daemon.said("started from the warm spare")) == before + 1
                         warm.append(times)
+            await_spare(daemon)
             held = int(daemon.client.get("/api/v1/status")["daemon"]["spare"])
     ratios = [ours.start / theirs.start for ours, theirs in zip(warm, bare, strict=True)]
     figures = [

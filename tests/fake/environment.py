@@ -26,15 +26,13 @@ MAIN: Final = """def main() -> None:
 
     serve()
 """
-SERVER: Final = f"""import os
-import sys
+SERVER: Final = f"""import sys
 
 sys.path.append({str(ROOT)!r})
 
-from tests.fake.fakevllm import import_vllm
-from tests.fake.faults import Faults
+from tests.fake.fakevllm import faults_now, import_vllm
 
-import_vllm(Faults.read(dict(os.environ)))
+import_vllm(faults_now())
 """
 PACKAGES: Final = (
     "", "engine", "entrypoints", "entrypoints/cli", "entrypoints/launchers", "entrypoints/launchers/api_server",
