@@ -159,7 +159,9 @@ class Bench:
                 assert await kill_tree(child) == ()
                 child.close()
         await self.spares.drop()
-        assert find_marked(self.mark) == ()
+        left = find_marked(self.mark)
+        await end_marked(self.mark)
+        assert left == ()
         assert self.spares.pids() == frozenset() and not list(self.root.glob("spare*"))
 
 
@@ -493,16 +495,18 @@ async def test_it_dies_with_the_daemon_unless_it_was_taken(bench: Bench, take: s
     log = bench.folder / "log"
     words = [sys.executable, "-c", DAEMON, bench.script, bench.root, log, bench.mark, take]
     with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=ROOT) as daemon:
-        assert daemon.stdout is not None
-        assert await asyncio.to_thread(daemon.stdout.readline) == b"up\n"
-        ((member, cookie),) = find_marked(bench.mark)
-        daemon.kill()
+        try:
+            assert daemon.stdout is not None
+            assert await asyncio.to_thread(daemon.stdout.readline) == b"up\n"
+            await wait_for(lambda: take == "no" or "}\n" in log.read_text())
+            ((member, cookie),) = find_marked(bench.mark)
+        finally:
+            daemon.kill()
     if take == "no":
         await wait_for(lambda: not procfs.alive(member))
         shutil.rmtree(bench.root)  # the next daemon clears that
         return
     assert cookie == f"{bench.mark}:m:1"
-    await wait_for(lambda: '"argv"' in log.read_text())
     assert procfs.alive(member)
     assert await end_marked(bench.mark) == ()
 
@@ -522,7 +526,7 @@ async def test_a_take_that_the_daemon_does_not_survive(bench: Bench) -> None:
         message["env"].pop("VLLMD_ROOM")
         socket.send_fds(parked.channel, [json.dumps({**message, "cgroup": None}).encode()], [log.fileno()])
     parked.channel.close()
-    await wait_for(lambda: '"argv"' in bench.log(launch).read_text())
+    await wait_for(lambda: "}\n" in bench.log(launch).read_text())
     ((member, cookie),) = find_marked(bench.mark)
     assert (member.pid, cookie) == (parked.child.pid, launch.cookie)
     assert await end_marked(bench.mark) == ()

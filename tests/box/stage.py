@@ -128,11 +128,12 @@ class Service(Remote):
             "executable": engine, "max_model_len": 512, "kv_cache": "32MiB", "args": {"enforce-eager": True},
             "stop_timeout": "5s", "drain": "5s", "restart": {"backoff": "100ms", "backoff_max": "200ms"}, **defaults,
         }  # fmt: skip
+        self.daemon: Model = {"spare": 0}  # nothing moves that a story did not ask for
         self.models: dict[str, Model] = {}
 
     def write(self) -> None:
         """The configuration as it stands, to its file."""
-        parts = [table('devices."*"', self.devices), table("defaults", self.defaults)]
+        parts = [table("daemon", self.daemon), table('devices."*"', self.devices), table("defaults", self.defaults)]
         CONFIG.write_text("\n".join([*parts, *(table(f"models.{n}", keys) for n, keys in self.models.items())]))
 
     def restart(self) -> None:

@@ -158,8 +158,8 @@ async def bench(engine: Path, cache: Path, tmp_path: Path) -> AsyncIterator[Benc
 
 
 async def test_it_is_a_plain_vllm_that_serves_sooner(bench: Bench, report: Report) -> None:
-    """Command line, environment, names, tree with its cookies, log and answers are the same. How much sooner is
-    measured by `make bench swap`; here it is only told."""
+    """Command line, environment, names, tree with its cookies, log and answers are the same. The target is a median of five
+    pairs (`make bench`); one pair on a busy machine shows that it is sooner."""
     await bench.serve(warm=False)  # caches
     seconds = await bench.park()
     report("parked: import of vLLM in the background", seconds)
@@ -171,6 +171,7 @@ async def test_it_is_a_plain_vllm_that_serves_sooner(bench: Bench, report: Repor
     report("... ratio, one pair", f"{warm.seconds / bare.seconds:.2f} x")
     assert replace(warm, seconds=0.0) == replace(bare, seconds=0.0)
     assert [name for name, _ in warm.tree] == ["vllm", "python", "VLLM::EngineCor", "VLLM::Worker"]
+    assert warm.seconds < bare.seconds
 
 
 async def test_what_real_vllm_reads_at_import_is_known(bench: Bench) -> None:
