@@ -125,10 +125,9 @@ def test_an_internal_error_ends_the_models_although_the_log_leads_nowhere(vllmd:
     """The story of the bug cannot be told; the models are ended all the same."""
     vllmd.command = [
         "bash", "-c", BROKEN["closed pipe"], "bash", sys.executable, "-c",
-        "from vllmd.core.core import Core\n"
-        "whole = Core._stop\n"
+        "from vllmd.core import wishes\n"
         "def bug(*_): raise RuntimeError('a bug')\n"
-        "Core._stop = bug\n"
+        "wishes.stop.__code__ = bug.__code__\n"
         "from vllmd.__main__ import main; raise SystemExit(main())",
     ]  # fmt: skip
     vllmd.exit_code = 1
