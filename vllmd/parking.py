@@ -14,7 +14,7 @@ import psutil
 from vllmd.core.launch import environment
 from vllmd.core.states import State
 from vllmd.edge.process import Child, spawn
-from vllmd.edge.spare import Spares
+from vllmd.edge.spare import IMPORTING, NONE, Spares
 from vllmd.events import Note
 from vllmd.facts import Inspection, Launch
 from vllmd.spec import ModelSpec
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vllmd.daemon import Daemon
 
 LOOK_EVERY = 5.0  # seconds
+UNSUITED = 2  # starts in a row after which another one is parked
 QUIET = 2  # looks in a row at which nothing moved, before one is parked
 MEMORY = 8 * GIB  # of the host that must be free where nobody said whether to park
 MOVING = frozenset({State.WAITING, State.STARTING, State.STOPPING, State.BACKOFF})
@@ -37,6 +38,7 @@ class Parking:
         self.spares = Spares(scratch, mark)
         self._latest: tuple[str, Mapping[str, str]] | None = None
         self._told = ""
+        self._refusals = 0  # starts in a row that the parked one did not suit
 
     def begin(self, launch: Launch, *, log_fd: int, cwd: Path, cgroup: Path | None = None) -> Child:
         """Start an engine: from the spare if it fits, else by itself. Raises OSError as `spawn` does."""
@@ -45,8 +47,11 @@ class Parking:
         if self._wanted():
             taken = self.spares.take(launch, log_fd=log_fd, cwd=cwd, cgroup=cgroup)
         if isinstance(taken, Child):
+            self._refusals = 0
             self._say(launch, "started from the warm spare: vLLM is imported already", "info")
             return taken
+        if taken not in (IMPORTING, NONE):
+            self._refusals += 1
         self._say(launch, f"started by itself, not from the warm spare: {taken}", "debug")
         return spawn(launch, log_fd=log_fd, cwd=cwd, cgroup=cgroup)
 
@@ -66,8 +71,9 @@ class Parking:
         quiet = 0
         while True:
             await asyncio.sleep(LOOK_EVERY)
-            if not self._wanted():
-                await self.spares.drop()
+            if not self._wanted() or self._refusals >= UNSUITED:
+                self._refusals = 0
+                await self.spares.drop()  # the next one is parked as the latest launch was
                 continue
             world = self._daemon.core.world
             quiet = 0 if world.closing or any(i.state in MOVING for i in world.instances.values()) else quiet + 1

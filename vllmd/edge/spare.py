@@ -31,7 +31,7 @@ ANSWER = 0.5  # seconds that a parked process may take to become an engine, whil
 OLDEST = 6 * 3600.0  # seconds that one may be parked
 RETRY = 3600.0  # seconds until parking is tried again for an environment in which it failed
 ROOM = 24576  # bytes kept free in its arguments, and in its environment, for those of a launch
-IMPORTING, ENDED = "it still imports", "it has ended"
+IMPORTING, ENDED, NONE = "it still imports", "it has ended", "none is parked"
 INSTANCE = "(spare)"  # in its cookie, where others have the name of their instance
 
 #: First lines of a console script: an interpreter by its path, in the second form one too long for the kernel.
@@ -142,7 +142,7 @@ class Spares:
         executable = launch.argv[0]
         parked = self._parked.get(executable)
         if parked is None:
-            return "none is parked"
+            return NONE
         if why := parked.look():
             if why != IMPORTING:
                 self._end(executable)
