@@ -17,6 +17,7 @@ from vllmd.gateway.paths import Dialect
 from vllmd.units import span
 
 COMMENT_EVERY: Final = 10.0  # seconds
+HEARD: Final = 0.02  # seconds in which the core has heard of the line, so that what is told first is no old news
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,8 @@ async def stand(
     """Wait for one's turn. Raises Trouble: what the core says, or 503 when the time is over."""
     loop = asyncio.get_running_loop()
     name = entry.spec.name
-    while True:
+    done, _ = await asyncio.wait((place.turn,), timeout=HEARD)
+    while not done:
         if stream:
             if not client.begun:
                 client.begin(200, EVENTS)
@@ -49,8 +51,7 @@ async def stand(
         if pause <= 0:
             raise too_long(name, entry, look(name))
         done, _ = await asyncio.wait((place.turn,), timeout=pause)
-        if done:
-            return place.turn.result()
+    return place.turn.result()
 
 
 def spell(name: str, entry: Entry, outlook: Outlook) -> str:
